@@ -1,0 +1,3 @@
+"""LENS: lexicon-based text embeddings whose every dimension is a readable cluster of tokens."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,126 @@
+"""Texts with names, from the layouts people have: plain text, jsonl(.gz), and BEIR folders.
+
+A BEIR folder holds `corpus.jsonl(.gz)` with `_id`, `title` (optional) and `text`, `queries.jsonl(.gz)` with `_id`
+and `text`, and `qrels/SPLIT.tsv` with a header and the columns query-id, corpus-id, score.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from lens.files import read_jsonl, read_lines
+
+
+@dataclass(frozen=True)
+class Beir:
+    """A retrieval data set: corpus and queries map ids to texts, qrels map query id -> document id -> score."""
+
+    name: str
+    corpus: dict[str, str]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+
+def find_file(folder: str | os.PathLike[str], stem: str) -> Path:
+    """The file `stem`.jsonl or `stem`.jsonl.gz in a folder; raises FileNotFoundError naming both."""
+    for suffix in (".jsonl", ".jsonl.gz"):
+        path = Path(folder) / f"{stem}{suffix}"
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{folder} has neither {stem}.jsonl nor {stem}.jsonl.gz")
+
+
+def read_texts(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
+    """Reads ids and texts from a .txt file (one text a line, ids are line numbers), a .jsonl(.gz) file, or the
+    corpus of a BEIR folder.
+
+    A jsonl row needs `_id` (or `id`) and `text`; `title`, where present, goes before the text.
+    Raises FileNotFoundError, and ValueError "FILE:LINE: ..." for a row that is malformed or repeats an id.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = find_file(path, "corpus")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if ".jsonl" not in path.suffixes:
+        rows = [(str(number), line) for number, line in read_lines(path)]
+        return [name for name, _ in rows], [text for _, text in rows]
+    texts: dict[str, str] = {}
+    first_line: dict[str, int] = {}
+    for number, row in read_jsonl(path):
+        name = row.get("_id", row.get("id"))
+        if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+            raise ValueError(f"{path}:{number}: no usable `_id` (found {name!r}); give each row a unique string")
+        name = str(name)
+        if name in texts:
+            raise ValueError(f"{path}:{number}: `_id` {name!r} was already used in line {first_line[name]}")
+        parts = [row.get("title") or "", row.get("text")]
+        if not all(isinstance(part, str) for part in parts):
+            found = {key: type(row.get(key)).__name__ for key in ("title", "text")}
+            raise ValueError(f"{path}:{number}: `text` (and `title`) must be strings, found {found}")
+        texts[name] = " ".join(str(part) for part in parts if part)
+        first_line[name] = number
+    return list(texts), list(texts.values())
+
+
+def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
+    """Reads qrels/SPLIT.tsv; raises ValueError "FILE:LINE: ..." for a row without three columns or integer score."""
+    qrels: dict[str, dict[str, int]] = {}
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        columns = line.split("\t")
+        if number == 1 and columns[-1].strip().lower() == "score":
+            continue
+        try:
+            query, document, score = columns
+            value = int(score)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>integer score, found {line[:80]!r}"
+            ) from error
+        if qrels.setdefault(query, {}).setdefault(document, value) != value:
+            raise ValueError(f"{path}:{number}: query {query!r} judges document {document!r} twice, differently")
+    return qrels
+
+
+def read_beir(folder: str | os.PathLike[str], split: str | None = None) -> Beir:
+    """Reads a BEIR folder with the judgements of one split (default: test, else dev, else the only one).
+
+    Queries without a judgement are dropped. Judgements that name unknown queries or documents are dropped with a
+    warning that counts them; when none is left, or a file is missing or malformed, an error names it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: expected one in BEIR layout")
+    splits = sorted(file.stem for file in (folder / "qrels").glob("*.tsv"))
+    if not splits:
+        raise FileNotFoundError(f"{folder}/qrels has no .tsv file")
+    if split is None:
+        split = next((name for name in ("test", "dev") if name in splits), splits[0])
+    if split not in splits:
+        raise FileNotFoundError(f"{folder}/qrels has no {split}.tsv; found {', '.join(splits)}")
+    corpus = dict(zip(*read_texts(folder), strict=True))
+    queries = dict(zip(*read_texts(find_file(folder, "queries")), strict=True))
+    qrels: dict[str, dict[str, int]] = {}
+    unknown: list[str] = []
+    for query, judged in read_qrels(folder / "qrels" / f"{split}.tsv").items():
+        if query not in queries:
+            unknown.append(query)
+            continue
+        known = {document: score for document, score in judged.items() if document in corpus}
+        unknown.extend(document for document in judged if document not in corpus)
+        if known:
+            qrels[query] = known
+    if unknown:
+        warnings.warn(
+            f"{folder}/qrels/{split}.tsv names {len(unknown)} unknown queries or documents "
+            f"(first: {unknown[0]!r}); their judgements are left out",
+            stacklevel=2,
+        )
+    if not qrels:
+        raise ValueError(f"{folder}/qrels/{split}.tsv: no judgement names a known query and a known document")
+    return Beir(folder.name, corpus, {query: queries[query] for query in qrels}, qrels)
