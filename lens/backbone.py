@@ -1,0 +1,233 @@
+"""Tokens -> hidden states: a Hugging Face decoder or encoder, bidirectional and proven so.
+
+In transformers >= 5.2 a decoder's mask becomes bidirectional through `config.is_causal = False`; flags on the
+attention modules alone leave padded batches causal. Whether it worked is not believed but probed at every load.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from lens.config import Architecture
+
+# Legend: B texts, L tokens, D hidden size, V vocabulary.
+
+
+def check_base(base: str | os.PathLike[str]) -> str:
+    """Returns `base` as a string; raises FileNotFoundError when it looks like a folder and is none."""
+    base = os.fspath(base)
+    looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1 or (os.sep != "/" and os.sep in base)
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no config.json: it is no Hugging Face model folder")
+        return str(path)
+    if looks_local or path.exists():
+        raise FileNotFoundError(f"backbone folder {path} does not exist")
+    return base
+
+
+def architecture_of(config: Any) -> Architecture:
+    """`decoder` for causal LMs, `encoder` for models with a masked-LM form (BERT has both and is an encoder)."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder model; LENS needs a decoder or an encoder")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    return "decoder" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "encoder"
+
+
+def load_tokenizer(folder: str, revision: str | None = None) -> Any:
+    """The fast tokenizer of a folder or hub id; raises ValueError when there is only a slow one."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{folder} has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def load_config(base: str, revision: str | None = None) -> Any:
+    return AutoConfig.from_pretrained(check_base(base), revision=revision)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' load reports off the terminal: what matters in them is checked here."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def load_backbone(
+    base: str,
+    revision: str | None = None,
+    bidirectional: bool = True,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    with_head: bool = False,
+) -> tuple[nn.Module, nn.Module | None, list[str]]:
+    """Loads the backbone; with `with_head` also the language model around it (else None) and its missing weights.
+
+    A decoder gets `is_causal = not bidirectional` and no sliding window, then is probed: a mask that is not what
+    was asked for raises RuntimeError. Backbone weights that are absent, NaN or infinite raise ValueError by name.
+    """
+    base = check_base(base)
+    config = load_config(base, revision)
+    architecture = architecture_of(config)
+    if architecture == "decoder":
+        config.is_causal = not bidirectional
+        if getattr(config, "sliding_window", None) is not None and bidirectional:
+            config.sliding_window = None
+    options: dict[str, Any] = {"config": config, "revision": revision, "dtype": dtype, "output_loading_info": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    auto: Any = AutoModel
+    if with_head:
+        auto = AutoModelForMaskedLM if architecture == "encoder" else AutoModelForCausalLM
+    with _quiet():
+        try:
+            loaded, report = auto.from_pretrained(base, **options)
+        except SafetensorError as error:
+            raise ValueError(f"{base}: a weight file is not whole safetensors ({error}); download it again") from error
+    backbone: nn.Module = loaded.base_model if with_head else loaded
+    missing = sorted(report["missing_keys"])
+    inner = {name for name, _ in backbone.named_parameters() if not name.startswith("pooler.")}
+    prefix = f"{loaded.base_model_prefix}."
+    absent = [name for name in missing if (name.removeprefix(prefix) if with_head else name) in inner]
+    if absent:
+        raise ValueError(f"{base} lacks weights of its {config.model_type} backbone: {', '.join(absent[:5])} ...")
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # type: ignore[assignment]  # unused parameters would stall data-parallel training
+    check_finite(backbone, base)
+    if architecture == "decoder":
+        check_attention(backbone, bidirectional)
+    return backbone, (loaded if with_head else None), missing
+
+
+def read_vocabulary_head(
+    wrapper: nn.Module, missing: list[str], facts: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The LM head of a loaded language model as LexicalHead weights, and `facts` (LensConfig fields) that go with it.
+
+    Decoders give their LM head. Encoders give the MLM decoder with bias and transform where the checkpoint has
+    them (BERT, DistilBERT), and their word embeddings where it has not. Raises ValueError for other MLM heads.
+    """
+    output = wrapper.get_output_embeddings()  # type: ignore[operator]
+    state = {"weight": output.weight.detach().float().clone()}
+    facts = {**facts, "dimensions": len(output.weight), "hidden_size": output.weight.shape[1]}
+    inside = set(wrapper.base_model.modules())  # type: ignore[union-attr]
+    own = {name: module for name, module in wrapper.named_modules() if module not in inside and module is not output}
+    dense = {n: m for n, m in own.items() if isinstance(m, nn.Linear)}
+    norms = {n: m for n, m in own.items() if isinstance(m, nn.LayerNorm)}
+    if not dense or any(key.startswith(tuple(dense)) for key in missing):
+        return state, facts
+    kind = wrapper.config.model_type  # type: ignore[union-attr]
+    linear, norm = next(iter(dense.values())), next(iter(norms.values()), None)
+    if len(dense) != 1 or len(norms) != 1 or norm is None or norm.eps != 1e-12:
+        raise ValueError(f"the MLM head of {kind} is not of BERT's form; supported: bert, distilbert, decoders")
+    if facts.get("transform", "mlm") != "mlm":
+        raise ValueError(f"transform={facts['transform']!r} contradicts the MLM head of {kind}, whose form is 'mlm'")
+    state |= {f"transform.dense.{k}": v.detach() for k, v in linear.state_dict().items()}
+    state |= {f"transform.norm.{k}": v.detach() for k, v in norm.state_dict().items()}
+    if output.bias is not None:
+        state["bias"] = output.bias.detach()
+    return state, {**facts, "transform": "mlm", "bias": output.bias is not None}
+
+
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raises ValueError naming the first parameter with a NaN or infinite value and where it came from."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{source}: weight {name} holds NaN or infinite values; the file is damaged")
+
+
+@torch.no_grad()
+def check_attention(backbone: nn.Module, bidirectional: bool) -> None:
+    """Probes whether a later token changes earlier outputs, in a padded batch, and raises RuntimeError if that is
+    not as `bidirectional` says."""
+    training = backbone.training
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    vocabulary = int(backbone.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    ids = torch.arange(10, device=device).reshape(2, 5) % vocabulary
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=device)
+    changed = ids.clone()
+    changed[:, 3] = (ids[:, 3] + 7) % vocabulary
+    first = hidden_states(backbone, ids, mask)[:, :3].float()
+    second = hidden_states(backbone, changed, mask)[:, :3].float()
+    sees_later = bool(((first - second).abs().amax((1, 2)) > 1e-6 * first.abs().max()).all())
+    backbone.train(training)
+    if sees_later != bidirectional:
+        raise RuntimeError(
+            f"{type(backbone).__name__} is {'causal' if bidirectional else 'bidirectional'} although "
+            f"bidirectional={bidirectional} was asked for; transformers >= 5.2 and an attention implementation that "
+            "honours config.is_causal are needed (try attn_implementation='sdpa')"
+        )
+
+
+def hidden_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states (B, L, D) of ids (B, L) under mask (B, L); padding may be on either side."""
+    options: dict[str, Any] = {}
+    if _takes_positions(backbone):
+        options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    if "use_cache" in inspect.signature(_bare(backbone).forward).parameters:
+        options["use_cache"] = False
+    output = backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def _bare(backbone: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper."""
+    base = getattr(backbone, "get_base_model", None)
+    bare: nn.Module = base() if base is not None else backbone
+    return bare
+
+
+def _takes_positions(backbone: nn.Module) -> bool:
+    bare = _bare(backbone)
+    if "position_ids" not in inspect.signature(bare.forward).parameters:
+        return False
+    # RoBERTa and its relatives count positions from padding_idx and derive them from the ids themselves.
+    return not hasattr(getattr(bare, "embeddings", None), "padding_idx")
+
+
+def resize_vocabulary(backbone: nn.Module, size: int) -> None:
+    """Grows the input embeddings to at least `size` rows; new rows start at the mean of the old ones."""
+    embeddings: Any = backbone.get_input_embeddings()  # type: ignore[operator]
+    rows = embeddings.weight.shape[0]
+    if size > rows:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            backbone.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
+        weight = backbone.get_input_embeddings().weight  # type: ignore[operator]
+        with torch.no_grad():
+            weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+
+
+def default_device() -> torch.device:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,115 @@
+"""LensConfig: the frozen facts of a model, as they stand in `lens.json` of its artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+FORMAT_VERSION = 1
+
+Architecture = Literal["decoder", "encoder"]
+Head = Literal["clusters", "vocabulary"]
+Transform = Literal["none", "mlm", "residual"]
+Pooling = Literal["max", "sum", "last"]
+Positions = Literal["shifted", "content", "all"]
+Prompt = Literal["lens", "plain"]
+
+
+@dataclass(frozen=True)
+class LensConfig:
+    """What a LENS model is: its backbone, attention, head, pooling, prompt and lengths."""
+
+    base: str
+    """Backbone: a folder or a hub id. Ignored on loading when the artifact holds backbone weights itself."""
+    revision: str | None = None
+    """Commit of the backbone on the hub; None for a folder or the newest."""
+    architecture: Architecture = "decoder"
+    """`decoder`: a causal LM; `encoder`: BERT and its relatives."""
+    bidirectional: bool = True
+    """Whether a decoder's causal mask is lifted (LENS) or kept (the paper's ablation)."""
+    head: Head = "clusters"
+    """`clusters`: centroids of the vocabulary; `vocabulary`: the LM head's own rows, as in SPLADE."""
+    dimensions: int = 0
+    """K, the number of embedding dimensions."""
+    hidden_size: int = 0
+    """D, the width of the backbone's hidden states and of the head's rows."""
+    bias: bool = False
+    """Whether the head adds a bias (K,) to the logits, as MLM decoders do."""
+    transform: Transform = "none"
+    """Layer between hidden states and head: `mlm` = dense, GELU, LayerNorm as in BERT's MLM head;
+    `residual` = x + dense(GELU(dense(LayerNorm(x)))), which starts as the identity."""
+    pooling: Pooling = "max"
+    """How the positions of a text become one vector; `last` takes the text's final position."""
+    positions: Positions = "shifted"
+    """Pooled positions: `shifted` = those that predict a content token (causal LMs: output i predicts token i+1),
+    `content` = the content tokens themselves (encoders), `all` = every token, special ones too (SPLADE)."""
+    prompt: Prompt = "lens"
+    """`lens`: <instruct>{instruction}\\n<query>{text}; `plain`: {instruction} {text}. Instructions are never pooled."""
+    instruction: str | None = None
+    """Instruction of queries when none is given on encoding."""
+    query_max_length: int = 512
+    """Longest query in tokens, instruction and special tokens included; the text's end is cut."""
+    document_max_length: int = 512
+    """Longest document in tokens, special tokens included; the text's end is cut."""
+    normalize: bool = True
+    """Whether embeddings are L2-normalised (LENS) or left as they are (SPLADE)."""
+
+    def __post_init__(self) -> None:
+        for field, kind in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in get_args(kind):
+                raise ValueError(f"{field} must be one of {', '.join(get_args(kind))}; found {value!r}")
+        if not isinstance(self.base, str) or not self.base:
+            raise ValueError(f"base must name a backbone (a folder or a hub id); found {self.base!r}")
+        for field in ("query_max_length", "document_max_length"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 4:
+                raise ValueError(f"{field} must be a whole number of at least 4 tokens; found {value!r}")
+        if self.hidden_size < 1 or self.dimensions < 2:
+            raise ValueError(
+                f"hidden_size must be at least 1 and dimensions at least 2; found {self.hidden_size} "
+                f"and {self.dimensions}"
+            )
+        if self.architecture == "encoder":
+            if not self.bidirectional:
+                raise ValueError("bidirectional=False contradicts architecture='encoder': encoders have no causal mask")
+            if self.positions == "shifted":
+                raise ValueError("positions='shifted' contradicts architecture='encoder': use 'content' or 'all'")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LensConfig:
+        """Raises ValueError naming unknown fields (with the nearest known one) and missing ones."""
+        check_fields(values, (field.name for field in dataclasses.fields(cls)), "configuration")
+        if "base" not in values:
+            raise ValueError("configuration lacks the field base")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> LensConfig:
+        """A copy with some fields changed; unknown names raise as in `from_dict`."""
+        return LensConfig.from_dict({**self.to_dict(), **changes})
+
+
+_CHOICES = {
+    "architecture": Architecture,
+    "head": Head,
+    "transform": Transform,
+    "pooling": Pooling,
+    "positions": Positions,
+    "prompt": Prompt,
+}
+
+
+def check_fields(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raises ValueError for the first name in `given` that is not in `known`, suggesting the nearest."""
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise ValueError(f"unknown field {name!r} in the {what}; {hint}")

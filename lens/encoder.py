@@ -1,0 +1,248 @@
+"""LENS: texts in, embeddings out. Batching, devices, progress, output formats, explanations."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from lens.backbone import default_device
+from lens.explain import ClusterTokens, Explanation, explain, terms
+from lens.model import LensModel, build_model, load_model
+from lens.text import Kind, TextProcessor, check_texts
+from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
+
+# Legend: N texts, K clusters.
+
+Output = Literal["numpy", "torch", "csr"]
+Embeddings = Array | Tensor | scipy.sparse.csr_matrix
+
+_BATCH_TOKENS = {"cuda": 1 << 15, "mps": 1 << 13, "cpu": 1 << 12}
+_PROGRESS_BATCHES = 8
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16; found {dtype!r}")
+    return found
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    found = default_device() if device is None else torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for but torch sees no CUDA GPU: use device='cpu' or None")
+    return found
+
+
+class LENS:
+    """A model with its tokenizer on a device.
+
+    Get one from `lens.load` or `LENS.build`. `config` holds its facts, `model` the torch module.
+    """
+
+    def __init__(self, model: LensModel, tokenizer: Any, device: str | torch.device | None = None) -> None:
+        self.device = _device(device)
+        self.model = model.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.text = TextProcessor(tokenizer, model.config)
+        self.config = model.config
+        self.tokens = ClusterTokens(model.head.labels.cpu().numpy(), model.config.dimensions, tokenizer)
+
+    @classmethod
+    def build(
+        cls,
+        backbone: str | os.PathLike[str],
+        clusters: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        **config: Any,
+    ) -> LENS:
+        """An untrained model from a backbone (folder or hub id) and a clusters folder (None: full vocabulary head).
+
+        `config` takes fields of LensConfig. Raises FileNotFoundError, or ValueError naming the field or the file.
+        """
+        where = _device(device)
+        model, tokenizer = build_model(
+            os.fspath(backbone), clusters, _dtype(dtype, where), attn_implementation, **config
+        )
+        return cls(model, tokenizer, where)
+
+    def save(self, path: str | os.PathLike[str], include_backbone: bool = False, overwrite: bool = False) -> None:
+        """Writes the artifact (see lens.model), atomically."""
+        self.model.save(path, self.tokenizer, include_backbone, overwrite=overwrite)
+
+    def encode_queries(self, texts: Sequence[str], instruction: str | None = None, **options: Any) -> Any:
+        """`encode` with kind="query"."""
+        return self.encode(texts, "query", instruction, **options)
+
+    def encode_documents(self, texts: Sequence[str], **options: Any) -> Any:
+        """`encode` with kind="document"."""
+        return self.encode(texts, "document", **options)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: Sequence[str],
+        kind: Kind = "document",
+        instruction: str | None = None,
+        output: Output = "numpy",
+        top_k: int | None = None,
+        dims: Sequence[int] | None = None,
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+    ) -> Any:
+        """Embeds N texts: (N, K) float32 as numpy array, torch tensor on the CPU, or scipy CSR matrix.
+
+        `kind` chooses prompt and maximum length; `instruction` is attended to, not pooled. `dims` keeps those
+        columns, `top_k` the largest values of each row; normalised models are normalised again after either.
+        `batch_tokens` bounds the padded tokens of one batch. A text without tokens gives a zero row.
+        Raises TypeError or ValueError naming the offending text or option.
+        """
+        texts = check_texts(texts)
+        if kind not in ("query", "document"):
+            raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
+        if output not in ("numpy", "torch", "csr"):
+            raise ValueError(f"output must be 'numpy', 'torch' or 'csr'; found {output!r}")
+        if instruction is not None and not isinstance(instruction, str):
+            raise TypeError(f"instruction must be a str or None, found {type(instruction).__name__}")
+        if top_k is not None:
+            check_top_k(top_k)
+        columns = None if dims is None else check_dims(dims, self.config.dimensions)
+        budget = _BATCH_TOKENS.get(self.device.type, 1 << 12) if batch_tokens is None else batch_tokens
+        if budget < 1:
+            raise ValueError(f"batch_tokens must be at least 1 token, found {batch_tokens}")
+        width = self.config.dimensions if columns is None else len(columns)
+        tokens = self.text(texts, kind, instruction)
+        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i].ids))
+        batches = _batches(order, [len(item.ids) for item in tokens], budget)
+        if show_progress is None:
+            show_progress = len(batches) >= _PROGRESS_BATCHES
+        parts: list[Any] = []
+        dense = None if output == "csr" else torch.zeros(len(texts), width)
+        with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
+            for batch in batches:
+                embeddings = self._embed([tokens[i] for i in batch])
+                embeddings = prune(embeddings, columns, top_k, self.config.normalize).cpu()
+                if dense is None:
+                    parts.append(to_csr(embeddings))
+                else:
+                    dense[batch] = embeddings
+                bar.update(len(batch))
+        if dense is not None:
+            return dense.numpy() if output == "numpy" else dense
+        if not parts:
+            return scipy.sparse.csr_matrix((0, width), dtype=np.float32)
+        restored = np.empty(len(order), dtype=np.int64)
+        restored[order] = np.arange(len(order))
+        return scipy.sparse.vstack(parts, format="csr")[restored]
+
+    def _embed(self, tokens: Sequence[Any]) -> Tensor:
+        batch = self.text.collate(tokens)
+        embeddings: Tensor = self.model(
+            batch.input_ids.to(self.device), batch.attention_mask.to(self.device), batch.pool_mask.to(self.device)
+        )
+        if not bool(torch.isfinite(embeddings).all()):
+            raise FloatingPointError(
+                f"embeddings hold NaN or infinite values in {next(self.model.parameters()).dtype}; "
+                "load with dtype='bfloat16' or 'float32'"
+            )
+        return embeddings
+
+    def similarity(self, queries: Any, documents: Any) -> NDArray[np.float32]:
+        """Inner products (Q, N) of embeddings (Q, K) and (N, K) in any of the output formats."""
+        if scipy.sparse.issparse(queries) or scipy.sparse.issparse(documents):
+            return np.asarray((to_csr(queries) @ to_csr(documents).T).toarray(), dtype=np.float32)
+        return np.asarray(to_dense(queries) @ to_dense(documents).T, dtype=np.float32)
+
+    def terms(self, embedding: Any, k: int = 10) -> list[tuple[int, list[str], float]]:
+        """The k heaviest clusters of one embedding (K,) or of one text, as (cluster, tokens, weight)."""
+        if isinstance(embedding, str):
+            seen = frozenset(self.text([embedding])[0].ids)
+            return terms(self._vector(embedding, "document", None), self.tokens, k, seen)
+        return terms(self._vector(embedding, "document", None), self.tokens, k)
+
+    def explain(self, query: Any, document: Any, k: int | None = 10, instruction: str | None = None) -> Explanation:
+        """Which clusters matched between a query and a document (texts, or embeddings (K,)) and each one's share."""
+        seen = frozenset(
+            token
+            for text in (query, document)
+            if isinstance(text, str)
+            for item in self.text([text])
+            for token in item.ids
+        )
+        return explain(
+            self._vector(query, "query", instruction), self._vector(document, "document", None), self.tokens, k, seen
+        )
+
+    def _vector(self, value: Any, kind: Kind, instruction: str | None) -> Array:
+        if isinstance(value, str):
+            value = self.encode([value], kind, instruction)
+        vector = to_dense(value).reshape(-1)
+        if len(vector) != self.config.dimensions:
+            raise ValueError(f"expected one embedding of {self.config.dimensions} values, found {len(vector)}")
+        return vector
+
+
+def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+    """Cuts indices, longest text first, into runs whose padded size stays within `budget` tokens."""
+    batches: list[list[int]] = []
+    widest = 0
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * widest <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            widest = lengths[index]
+    return batches
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> LENS:
+    """Loads a model from a folder or a hub id, on cuda, mps or cpu (the first there is), in eval mode.
+
+    `dtype` is bfloat16 on GPUs that have it and float32 elsewhere; `base` is the backbone's place where it has moved.
+    Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
+    """
+    where = _device(device)
+    model, tokenizer = load_model(path_or_id, _dtype(dtype, where), base, revision, attn_implementation)
+    return LENS(model, tokenizer, where)
+
+
+def encode(texts: Sequence[str], model: str | os.PathLike[str] | LENS | None = None, **options: Any) -> Any:
+    """Embeds texts with a model given by folder, hub id or LENS (default: the environment's LENS_MODEL).
+
+    Models are loaded once and kept. `options` are those of `LENS.encode`.
+    """
+    model = model if model is not None else os.environ.get("LENS_MODEL")
+    if model is None:
+        raise ValueError("no model: pass model= a folder or hub id, or set the environment variable LENS_MODEL")
+    return (model if isinstance(model, LENS) else _cached(os.fspath(model))).encode(texts, **options)
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_load(path: str, stamp: int) -> LENS:
+    return load(path)
+
+
+def _cached(path: str) -> LENS:
+    file = Path(path) / "lens.json"
+    return _cached_load(path, file.stat().st_mtime_ns if file.is_file() else 0)

@@ -1,0 +1,245 @@
+"""Hidden states -> lexical embedding: the only copy of the formula.
+
+    e_k = max over pooled positions i of log(1 + relu(h_i . c_k + b_k))        (LENS, arXiv 2501.09749, section 3)
+
+`log1p` and `relu` are monotone, so the maximum is taken over the bare logits and activated afterwards on the
+(B, K) result. Maximum pooling passes gradient only to the positions where a maximum is reached, so nothing of size
+(B, L, K) needs to survive the forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lens.config import LensConfig, Pooling
+
+# Legend: B texts, L tokens, T pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
+
+Backend = Literal["auto", "eager", "chunked"]
+
+_CHUNK_ELEMENTS = 1 << 24  # logits alive at a time in the chunked backend: 64 MB of float32
+
+
+def activate(logits: Tensor) -> Tensor:
+    """log(1 + relu(logits)) in float32."""
+    return torch.log1p(torch.relu(logits.float()))
+
+
+def lexical_pool(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    pooling: Pooling = "max",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Pools log1p(relu(hidden . weight + bias)) over the positions of each text.
+
+    Shapes: hidden (B, L, D) with mask (B, L), true where pooled (None: everywhere); or packed hidden (T, D) with
+    cu_seqlens (B+1,), the offsets of the texts. weight (K, D), bias (K,). Returns (B, K) float32, differentiable
+    in hidden, weight and bias; a text without pooled positions gets zeros. `eager` is the readable reference and
+    holds all B*L*K logits; `chunked` holds 64 MB of them at most and keeps none for the backward pass.
+    Raises ValueError for shapes that do not fit together and for unknown names.
+    """
+    _check(hidden, weight, bias, mask, cu_seqlens)
+    if pooling not in ("max", "sum", "last"):
+        raise ValueError(f"pooling must be max, sum or last; found {pooling!r}")
+    if backend not in ("auto", "eager", "chunked"):
+        raise ValueError(f"backend must be auto, eager or chunked; found {backend!r}")
+    weight = weight.to(hidden.dtype)
+    bias = None if bias is None else bias.to(hidden.dtype)
+    rows, lengths = _rows(hidden, mask, cu_seqlens)
+    if pooling == "last":
+        return _last(rows, lengths, weight, bias)
+    if backend == "eager":
+        return _eager(rows, lengths, weight, bias, pooling)
+    if pooling == "sum":
+        return _chunked_sum(rows, lengths, weight, bias)
+    greatest: Tensor = _MaxLogits.apply(rows, weight, bias, tuple(lengths))  # type: ignore[no-untyped-call]
+    return activate(greatest)
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    packed = cu_seqlens is not None
+    if hidden.dim() != (2 if packed else 3):
+        raise ValueError(
+            f"hidden must be (T, D) with cu_seqlens and (B, L, D) without; found {tuple(hidden.shape)} "
+            f"{'with' if packed else 'without'} cu_seqlens"
+        )
+    if packed and mask is not None:
+        raise ValueError("give mask (padded input) or cu_seqlens (packed input), not both")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be (K, {hidden.shape[-1]}) to fit hidden; found {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},); found {tuple(bias.shape)}")
+    if mask is not None and mask.shape != hidden.shape[:2]:
+        raise ValueError(f"mask must be {tuple(hidden.shape[:2])}; found {tuple(mask.shape)}")
+
+
+def _rows(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, list[int]]:
+    """Pooled rows of all texts, one after another (T, D), and the number of rows of each text (B)."""
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+        if int(cu_seqlens[0]) != 0 or sum(lengths) != len(hidden) or min(lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens must rise from 0 to T={len(hidden)}; found {cu_seqlens.tolist()}")
+        return hidden, lengths
+    if mask is None:
+        return hidden.flatten(0, 1), [hidden.shape[1]] * hidden.shape[0]
+    mask = mask.bool()
+    return hidden[mask], mask.sum(1).tolist()
+
+
+def _eager(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None, pooling: Pooling) -> Tensor:
+    weights = activate(F.linear(rows, weight, bias))  # (T, K)
+    pooled = []
+    for text in torch.split(weights, lengths):  # (rows of one text, K)
+        if len(text) == 0:
+            pooled.append(text.sum(0))
+        else:
+            pooled.append(text.max(0).values if pooling == "max" else text.sum(0))
+    return torch.stack(pooled) if pooled else weights.new_zeros(0, len(weight))  # (B, K)
+
+
+def _last(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
+    counts = torch.tensor(lengths, device=rows.device)
+    filled = counts > 0
+    ends = counts.cumsum(0)[filled] - 1
+    pooled = torch.zeros(len(lengths), len(weight), device=rows.device)
+    return pooled.masked_scatter(filled[:, None], activate(F.linear(rows[ends], weight, bias)))  # (B, K)
+
+
+def _column_chunks(rows: int, columns: int) -> list[slice]:
+    width = max(_CHUNK_ELEMENTS // max(rows, 1), 64)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def _chunked_sum(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
+    owner = torch.repeat_interleave(torch.tensor(lengths, device=rows.device))  # (T,)
+
+    def columns(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        zeros = torch.zeros(len(lengths), len(weight), device=rows.device)
+        return zeros.index_add(0, owner, activate(F.linear(rows, weight, bias)))
+
+    parts = [
+        checkpoint(columns, rows, weight[c], None if bias is None else bias[c], use_reentrant=False)
+        for c in _column_chunks(len(rows), len(weight))
+    ]
+    return torch.cat(parts, dim=1)  # (B, K)
+
+
+class _MaxLogits(torch.autograd.Function):
+    """Per text and cluster the greatest logit (B, K), -inf without positions; gradient to the argmax rows only."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: tuple[int, ...]) -> Tensor:
+        texts, clusters = len(lengths), len(weight)
+        values = torch.full((texts, clusters), -torch.inf, dtype=torch.float32, device=rows.device)
+        argmax = torch.zeros((texts, clusters), dtype=torch.long, device=rows.device)
+        training = any(ctx.needs_input_grad)
+        for c in _column_chunks(len(rows), clusters):
+            logits = F.linear(rows, weight[c], None if bias is None else bias[c])  # (T, columns)
+            start = 0
+            for text, part in enumerate(torch.split(logits, list(lengths))):
+                if len(part) == 0:
+                    continue
+                if training:
+                    best = part.max(0)
+                    values[text, c] = best.values.float()
+                    argmax[text, c] = best.indices + start
+                else:
+                    values[text, c] = part.amax(0).float()
+                start += len(part)
+        ctx.save_for_backward(rows, weight, argmax)
+        ctx.has_bias = bias is not None
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        rows, weight, argmax = ctx.saved_tensors
+        gradient = gradients[0]  # (B, K)
+        text, cluster = gradient.nonzero(as_tuple=True)
+        sparse = torch.sparse_coo_tensor(
+            torch.stack([argmax[text, cluster], cluster]),
+            gradient[text, cluster],
+            (len(rows), len(weight)),
+            is_coalesced=False,
+        ).coalesce()  # (T, K): one entry per active cluster of each text
+        d_rows = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_rows = torch.sparse.mm(sparse, weight.float()).to(rows.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.sparse.mm(sparse.t().coalesce(), rows.float()).to(weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            d_bias = gradient.sum(0).to(weight.dtype)
+        return d_rows, d_weight, d_bias, None
+
+
+class MlmTransform(nn.Module):
+    """BERT's MLM transform, LayerNorm(act(dense(x))), (..., D) -> (..., D)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-12) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed: Tensor = self.norm(F.gelu(self.dense(hidden)))
+        return normed
+
+
+class ResidualTransform(nn.Module):
+    """x + up(GELU(down(LayerNorm(x)))), (..., D) -> (..., D), with `up` zero at first: it starts as the identity."""
+
+    def __init__(self, hidden_size: int, expansion: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.down = nn.Linear(hidden_size, expansion * hidden_size)
+        self.up = nn.Linear(expansion * hidden_size, hidden_size)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        changed: Tensor = hidden + self.up(F.gelu(self.down(self.norm(hidden))))
+        return changed
+
+
+class LexicalHead(nn.Module):
+    """The clustered (or full vocabulary) head: optional transform, centroids (K, D), optional bias (K,), pooling.
+
+    `labels` (V,) int32 holds the cluster of every token id, -1 for tokens in none.
+    """
+
+    labels: Tensor
+
+    def __init__(self, config: LensConfig, labels: Tensor) -> None:
+        super().__init__()
+        self.pooling = config.pooling
+        self.normalize = config.normalize
+        self.backend: Backend = "auto"
+        self.weight = nn.Parameter(torch.empty(config.dimensions, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.dimensions)) if config.bias else None
+        self.transform: nn.Module = nn.Identity()
+        if config.transform == "mlm":
+            self.transform = MlmTransform(config.hidden_size)
+        elif config.transform == "residual":
+            self.transform = ResidualTransform(config.hidden_size)
+        self.register_buffer("labels", labels.to(torch.int32), persistent=False)
+        nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """hidden (B, L, D) with mask (B, L), or (T, D) with cu_seqlens (B+1,) -> embeddings (B, K) float32."""
+        if mask is not None:
+            mask = mask.bool()
+            counts = mask.sum(1)
+            hidden, mask = hidden[mask], None  # the transform, too, sees pooled positions only
+            cu_seqlens = F.pad(counts.cumsum(0), (1, 0))
+        pooled = lexical_pool(
+            self.transform(hidden), self.weight, self.bias, mask, cu_seqlens, self.pooling, self.backend
+        )
+        return F.normalize(pooled, dim=-1) if self.normalize else pooled

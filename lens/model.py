@@ -1,0 +1,273 @@
+"""LensModel = backbone + head, and its artifact: the folder a model is saved to and loaded from.
+
+`lens.json` holds the LensConfig, `head.safetensors` the centroids and labels, `adapter_model.safetensors` a LoRA
+adapter with trained token rows, `model*.safetensors` a backbone of the model's own when it is merged or fully
+trained. Without the last two the backbone is read from `LensConfig.base`. There are no pickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lens
+from lens.backbone import (
+    architecture_of,
+    check_base,
+    hidden_states,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+    read_vocabulary_head,
+    resize_vocabulary,
+)
+from lens.config import FORMAT_VERSION, LensConfig, check_fields
+from lens.files import atomic_folder, read_json, read_tensors
+from lens.head import LexicalHead
+from lens.text import add_special_tokens
+
+# Legend: B texts, L tokens, D hidden size, V vocabulary, K clusters.
+
+CONFIG_FILE, HEAD_FILE, CLUSTERS_FILE = "lens.json", "head.safetensors", "clusters.safetensors"
+
+
+class LensModel(nn.Module):
+    """Tokens in, embeddings out. `backbone` is a transformers model or a PeftModel around one."""
+
+    def __init__(self, backbone: nn.Module, head: LexicalHead, config: LensConfig) -> None:
+        super().__init__()
+        width = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        if width != config.hidden_size:
+            raise ValueError(
+                f"the head is {config.hidden_size} wide but the backbone {config.base} has hidden size {width}: "
+                "take clusters that were made from this backbone"
+            )
+        self.backbone = backbone
+        self.head = head
+        self.config = config
+        self.backbone_is_own = False
+        """True when the backbone differs from `config.base` and must be saved with the artifact."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pool_mask: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings (B, K) float32 of ids (B, L) under attention_mask (B, L), pooled where pool_mask (B, L) is true.
+
+        Instead of ids, `hidden` (B, L, D) takes states that a frozen backbone gave before.
+        """
+        if hidden is None:
+            if input_ids is None or attention_mask is None:
+                raise ValueError("give input_ids and attention_mask, or hidden")
+            hidden = hidden_states(self.backbone, input_ids, attention_mask)
+        embeddings: Tensor = self.head(hidden, pool_mask)
+        return embeddings
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        tokenizer: Any,
+        include_backbone: bool = False,
+        card: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes the artifact to a temporary folder and renames it to `path`.
+
+        `include_backbone` adds the backbone's weights (LoRA merged in), so that the folder needs nothing else.
+        `card` is the text of README.md. Raises FileExistsError unless `overwrite`.
+        """
+        with atomic_folder(path, overwrite) as folder:
+            self.write(folder, tokenizer, include_backbone, card)
+
+    def write(self, folder: Path, tokenizer: Any, include_backbone: bool = False, card: str | None = None) -> None:
+        """Writes the artifact's files into an existing folder, which the caller makes atomic."""
+        content = {"format_version": FORMAT_VERSION, "lens_version": lens.__version__, **self.config.to_dict()}
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tensors = {"labels": self.head.labels, **_to_file_names(self.head.state_dict())}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / HEAD_FILE, {"format": "pt"})
+        if include_backbone or self.backbone_is_own:
+            backbone: Any = self.backbone
+            if isinstance(backbone, PeftModel):
+                raise ValueError("merge the adapter first: model.backbone = model.backbone.merge_and_unload()")
+            backbone.save_pretrained(folder)
+        elif isinstance(self.backbone, PeftModel):
+            self.backbone.save_pretrained(str(folder), save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card or _card(self.config), encoding="utf-8")
+
+
+def _to_file_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {("centroids" if name == "weight" else name): tensor for name, tensor in state.items()}
+
+
+def _card(config: LensConfig) -> str:
+    return (
+        f"# LENS model\n\nLexicon-based embeddings of {config.dimensions} dimensions over `{config.base}`.\n\n"
+        "```python\nimport lens\n\nmodel = lens.load('this folder')\nmodel.encode_documents(['some text'])\n```\n"
+    )
+
+
+def read_config(folder: Path) -> LensConfig:
+    """The LensConfig of an artifact; raises ValueError when it was written by a newer format version."""
+    values = read_json(folder / CONFIG_FILE)
+    version = values.pop("format_version", None)
+    writer = values.pop("lens_version", "unknown")
+    if not isinstance(version, int):
+        raise ValueError(f"{folder / CONFIG_FILE}: format_version should be a whole number, found {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has format version {version} (written by lens {writer}); this lens "
+            f"{lens.__version__} reads up to {FORMAT_VERSION}: pip install --upgrade lens-embeddings"
+        )
+    try:
+        return LensConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[LensModel, Any]:
+    """Loads an artifact, a folder or a hub repository, and returns the model, in eval mode, and its tokenizer.
+
+    `base` replaces the backbone's recorded place. Raises FileNotFoundError and ValueError naming the file.
+    """
+    folder = _fetch(path, revision)
+    config = read_config(folder)
+    own_backbone = (folder / "config.json").is_file()
+    if base is not None:
+        config = config.replace(base=base)
+    elif not own_backbone:
+        try:
+            check_base(config.base)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder / CONFIG_FILE}: {error}; pass base= with its new place") from error
+    head = read_head(folder / HEAD_FILE, config)
+    tokenizer = load_tokenizer(str(folder))
+    place = str(folder) if own_backbone else config.base
+    revision = None if own_backbone else config.revision
+    backbone, _, _ = load_backbone(place, revision, config.bidirectional, dtype, attn_implementation)
+    resize_vocabulary(backbone, len(tokenizer))
+    if (folder / "adapter_config.json").is_file():
+        try:
+            backbone = PeftModel.from_pretrained(backbone, str(folder))
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/adapter_model.safetensors is not whole ({error}); download it again") from error
+    model = LensModel(backbone, head, config)
+    model.backbone_is_own = own_backbone
+    model.head.to(dtype)
+    return model.eval(), tokenizer
+
+
+def _fetch(path: str | os.PathLike[str], revision: str | None) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is no LENS model folder")
+        return folder
+    return Path(snapshot_download(check_base(path), revision=revision))
+
+
+def read_head(path: Path, config: LensConfig) -> LexicalHead:
+    """Reads head.safetensors; raises ValueError naming tensor and shapes where it does not fit the configuration."""
+    labels = read_tensors(path, {"labels": (None,)})["labels"]
+    head = LexicalHead(config, labels)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _to_file_names(head.state_dict()).items()}
+    tensors = read_tensors(path, shapes)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinite values; the file is damaged")
+    check_labels(labels, config.dimensions, path)
+    tensors["weight"] = tensors.pop("centroids")
+    head.load_state_dict(tensors)
+    return head
+
+
+def check_labels(labels: Tensor, clusters: int, path: Path) -> None:
+    """Raises ValueError unless labels are integers in -1 ... clusters-1."""
+    if labels.is_floating_point() or int(labels.min()) < -1 or int(labels.max()) >= clusters:
+        raise ValueError(
+            f"{path}: labels must be whole numbers from -1 to {clusters - 1}, found {labels.dtype} from "
+            f"{labels.min().item()} to {labels.max().item()}"
+        )
+
+
+def build_model(
+    base: str,
+    clusters: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    **settings: Any,
+) -> tuple[LensModel, Any]:
+    """An untrained model: `base` with the centroids of a clusters folder, or with its full vocabulary head.
+
+    `settings` are LensConfig fields; what is not given follows from the backbone: decoders take the lens prompt (the
+    three special tokens are added) and shifted positions, encoders the plain prompt and content positions.
+    """
+    base = check_base(base)
+    revision = settings.get("revision")
+    architecture = architecture_of(load_config(base, revision))
+    defaults: dict[str, Any] = (
+        {"positions": "shifted", "prompt": "lens"}
+        if architecture == "decoder"
+        else {"positions": "content", "prompt": "plain"}
+    )
+    known = [field.name for field in dataclasses.fields(LensConfig)]
+    check_fields(settings, known, "model settings")
+    derived = [name for name in ("architecture", "head", "dimensions", "hidden_size") if name in settings]
+    if derived:
+        raise ValueError(f"{', '.join(derived)} follow from backbone and clusters and cannot be set")
+    facts = {**defaults, **settings, "base": base, "architecture": architecture}
+    if clusters is not None:  # read before the backbone, so that a bad folder costs nothing
+        facts["head"] = "clusters"
+        centroids, labels = read_clusters(Path(clusters))
+        facts["dimensions"], facts["hidden_size"] = centroids.shape
+    else:
+        facts["head"] = "vocabulary"
+    tokenizer = load_tokenizer(base, revision)
+    backbone, wrapper, missing = load_backbone(
+        base, revision, facts.get("bidirectional", True), dtype, attn_implementation, with_head=clusters is None
+    )
+    if wrapper is not None:
+        state, facts = read_vocabulary_head(wrapper, missing, facts)
+        labels = torch.arange(facts["dimensions"], dtype=torch.int32)
+    else:
+        state = {"weight": centroids}
+    if facts["prompt"] == "lens":
+        add_special_tokens(tokenizer)
+        resize_vocabulary(backbone, len(tokenizer))
+    config = LensConfig.from_dict(facts)
+    head = LexicalHead(config, labels)
+    head.load_state_dict({**head.state_dict(), **state})
+    model = LensModel(backbone, head.to(dtype), config)
+    return model.eval(), tokenizer
+
+
+def read_clusters(folder: Path) -> tuple[Tensor, Tensor]:
+    """Centroids (K, D) and labels (V,) of a clusters folder as clustering/run.py writes it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"clusters folder {folder} does not exist: make it with clustering/run.py")
+    path = folder / CLUSTERS_FILE
+    tensors = read_tensors(path, {"centroids": (None, None), "labels": (None,)})
+    centroids, labels = tensors["centroids"].float(), tensors["labels"]
+    if not bool(torch.isfinite(centroids).all()):
+        raise ValueError(f"{path}: tensor centroids holds NaN or infinite values; cluster again")
+    check_labels(labels, len(centroids), path)
+    return centroids, labels

@@ -1,0 +1,180 @@
+"""Text -> tokens and the span of positions that is pooled.
+
+The shift by one: a causal LM's output at position i predicts token i+1. The words of a document are therefore
+predicted by the positions from BOS up to the last content token's predecessor, and those of a query by the positions
+from `<query>` on. In both cases the last two positions (the last content token, which predicts EOS, and EOS itself)
+predict no content and are left out. An encoder's output at position i describes token i, so its content positions
+are pooled themselves. The instruction is attended to but never pooled.
+
+Every pooled set is one contiguous span, so tokens travel as (ids, start, end).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lens.config import LensConfig
+
+# Legend: B texts, L tokens.
+
+SPECIAL_TOKENS = ("<instruct>", "<query>", "<response>")
+Kind = Literal["query", "document"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One text: its token ids, special tokens included, and the half-open span of pooled positions."""
+
+    ids: list[int]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded tokens of B texts."""
+
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) int64, 1 = token
+    pool_mask: Tensor  # (B, L) bool, True = pooled
+
+
+def check_texts(texts: Any) -> list[str]:
+    """Returns `texts` as a list, or raises naming the first entry that cannot be encoded.
+
+    Raises TypeError for a bare string, None, bytes or anything else that is no str; ValueError for lone surrogates.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"expected a list of texts, found one {type(texts).__name__}: write [text]")
+    checked: list[str] = list(texts)
+    for index, text in enumerate(checked):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{index}] must be a str, found {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"texts[{index}] holds a lone surrogate at character {error.start}, which is not valid text; "
+                "remove it, for example with text.encode('utf-8', 'replace').decode()"
+            ) from error
+    return checked
+
+
+class TextProcessor:
+    """Turns texts into Tokens by the prompt, lengths and pooled positions of a LensConfig.
+
+    The tokenizer must be a fast Hugging Face one; with the `lens` prompt it must know the three added tokens.
+    """
+
+    def __init__(self, tokenizer: Any, config: LensConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.pad_id = next(
+            i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0) if i is not None
+        )
+        self.prefix, self.suffix = _special_ids(tokenizer, config.architecture)
+        if config.prompt == "lens":
+            unknown = [t for t in SPECIAL_TOKENS if t not in tokenizer.get_vocab()]
+            if unknown:
+                raise ValueError(f"the lens prompt needs the tokens {', '.join(unknown)}, which the tokenizer lacks")
+
+    def __call__(self, texts: Sequence[str], kind: Kind = "document", instruction: str | None = None) -> list[Tokens]:
+        """Tokenises `texts`; ids longer than the limit of their kind lose the text's end, never EOS.
+
+        An empty text has an empty span. Raises TypeError and ValueError as `check_texts`, and ValueError when the
+        instruction leaves no room for text.
+        """
+        texts = check_texts(texts)
+        if not texts:
+            return []
+        limit = self.config.query_max_length if kind == "query" else self.config.document_max_length
+        prompt = self._prompt(kind, instruction)
+        prompt_length = len(self._ids([prompt], None)[0]) if prompt else 0
+        room = limit - len(self.prefix) - len(self.suffix)
+        if prompt_length >= room:
+            raise ValueError(
+                f"the instruction takes {prompt_length} of the {room} tokens that {kind}_max_length={limit} leaves: "
+                "shorten it or raise the limit"
+            )
+        content_start = len(self.prefix) + prompt_length
+        return [self._span(ids, content_start) for ids in self._ids([prompt + text for text in texts], room)]
+
+    def _prompt(self, kind: Kind, instruction: str | None) -> str:
+        if kind == "query" and instruction is None:
+            instruction = self.config.instruction
+        if self.config.prompt == "lens":
+            if instruction:
+                return f"<instruct>{instruction}\n<query>"
+            return "<query>" if kind == "query" else ""
+        return f"{instruction} " if instruction else ""
+
+    def _ids(self, texts: list[str], room: int | None) -> list[list[int]]:
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=room is not None,
+            max_length=room,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _span(self, content: list[int], content_start: int) -> Tokens:
+        ids = [*self.prefix, *content, *self.suffix]
+        content_end = len(ids) - len(self.suffix)
+        if content_end <= content_start:
+            return Tokens(ids, 0, 0)
+        if self.config.pooling == "last":
+            return Tokens(ids, len(ids) - 1, len(ids))
+        if self.config.positions == "shifted":
+            return Tokens(ids, max(content_start - 1, 0), content_end - 1)
+        if self.config.positions == "content":
+            return Tokens(ids, content_start, content_end)
+        return Tokens(ids, 0, len(ids))
+
+    def collate(self, tokens: Sequence[Tokens]) -> Batch:
+        """Pads Tokens on the right to the longest of them."""
+        width = max(len(item.ids) for item in tokens)
+        input_ids = torch.full((len(tokens), width), self.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros((len(tokens), width), dtype=torch.long)
+        pool_mask = torch.zeros((len(tokens), width), dtype=torch.bool)
+        for row, item in enumerate(tokens):
+            input_ids[row, : len(item.ids)] = torch.tensor(item.ids)
+            attention_mask[row, : len(item.ids)] = 1
+            pool_mask[row, item.start : item.end] = True
+        return Batch(input_ids, attention_mask, pool_mask)
+
+
+def _special_ids(tokenizer: Any, architecture: str) -> tuple[list[int], list[int]]:
+    """The ids that stand before and after every text: CLS/SEP of an encoder, BOS/EOS of a decoder."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    prefix, suffix = full[:start], full[start + len(bare) :]
+    if architecture == "decoder":
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError("the tokenizer has no EOS token, which ends every text of a decoder")
+        if not prefix and bos is not None and bos != eos:
+            prefix = [bos]
+        if not suffix:
+            suffix = [eos]
+    return prefix, suffix
+
+
+def add_special_tokens(tokenizer: Any) -> int:
+    """Adds <instruct>, <query> and <response> where absent; returns how many were added."""
+    missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+    added: int = (
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+        if missing
+        else 0
+    )
+    return added
