@@ -7,6 +7,7 @@ so that a damaged file is named together with what was expected and what was fou
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import shutil
@@ -186,3 +187,10 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         yield number, row
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raises ImportError naming the pip command when a module of an extra is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} not installed; run: pip install 'lens-embeddings[{extra}]'")

@@ -64,16 +64,18 @@ class LensModel(nn.Module):
         attention_mask: Tensor | None = None,
         pool_mask: Tensor | None = None,
         hidden: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Embeddings (B, K) float32 of ids (B, L) under attention_mask (B, L), pooled where pool_mask (B, L) is true.
 
-        Instead of ids, `hidden` (B, L, D) takes states that a frozen backbone gave before.
+        Instead of ids, `hidden` (T, D) with `cu_seqlens` (B+1,) takes the pooled positions' states that a frozen
+        backbone gave before.
         """
         if hidden is None:
             if input_ids is None or attention_mask is None:
                 raise ValueError("give input_ids and attention_mask, or hidden")
             hidden = hidden_states(self.backbone, input_ids, attention_mask)
-        embeddings: Tensor = self.head(hidden, pool_mask)
+        embeddings: Tensor = self.head(hidden.to(self.head.weight.dtype), pool_mask, cu_seqlens)
         return embeddings
 
     def save(

@@ -1,0 +1,72 @@
+"""The dense baseline and teacher: a backbone's mean-pooled, normalised hidden states.
+
+Legend: n texts, B texts of a batch, L tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+
+class Dense:
+    """The backbone as it comes, without LENS: mean of the last hidden states over the attention mask, L2-normalised.
+
+    `max_length` is in tokens, special tokens included; `batch_tokens` bounds the padded tokens of one batch.
+    Raises OSError when the model or its tokenizer cannot be found.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str | None = None,
+        dtype: str | None = None,
+        max_length: int = 128,
+        batch_tokens: int = 16384,
+    ) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        self._device = torch.device(device) if device else accelerator or torch.device("cpu")
+        model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype or "float32"))
+        self._model = model.to(self._device).eval()
+        self._max_length = max_length
+        self._batch_tokens = batch_tokens
+        self.dimensions: int = self._model.config.hidden_size
+
+    def encode(self, texts: Sequence[str], label: str = "dense") -> NDArray[np.float32]:
+        """Embeddings (n, D) of unit length, in the order of the texts."""
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        tokens = self._tokenizer(clean, truncation=True, max_length=self._max_length)["input_ids"] if clean else []
+        embeddings = np.zeros((len(texts), self.dimensions), dtype=np.float32)  # (n, D)
+        with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=None) as progress:
+            for rows in batches([len(ids) for ids in tokens], self._batch_tokens):
+                batch = self._tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
+                batch = batch.to(self._device)
+                hidden = self._model(**batch).last_hidden_state.float()  # (B, L, D)
+                mask = batch["attention_mask"].unsqueeze(-1)  # (B, L, 1)
+                mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B, D)
+                embeddings[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+                progress.update(len(rows))
+        return embeddings
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Yields rows from the longest to the shortest text, so many at a time that the padded batch stays in `budget`
+    tokens; a text longer than that goes alone."""
+    rows: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if rows and (len(rows) + 1) * lengths[rows[0]] > budget:
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows

@@ -1,0 +1,203 @@
+"""Training files -> examples -> batches of tokens.
+
+A file holds one JSON object a line in the format of `cfli/bge-full-data`: `query`, `pos` (list), `neg` (list),
+`pos_scores` and `neg_scores` (lists of teacher scores, or null), `prompt` (instruction, or null) and `type`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lens.files import read_jsonl
+from lens.text import TextProcessor, Tokens
+from train.sampler import Schedule
+
+# Legend: Q queries of one rank's share of a batch, P passages per query, T tokens of all texts, D hidden size.
+
+RETRIEVAL_TYPES = ("retrieval", "only_1neg")
+TYPES = (*RETRIEVAL_TYPES, "symmetric_sts", "symmetric_class", "symmetric_clustering")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: a query, its positives and hard negatives, and their teacher scores where there are any."""
+
+    query: str
+    pos: list[str]
+    neg: list[str]
+    pos_scores: list[float] | None
+    neg_scores: list[float] | None
+    prompt: str | None
+    type: str
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether passages carry the instruction too."""
+        return self.type.startswith("symmetric")
+
+    @property
+    def own_negatives_only(self) -> bool:
+        """Class and clustering data: another query's passage may share this query's label."""
+        return self.type in ("symmetric_class", "symmetric_clustering")
+
+
+def read_examples(path: str | Path, group_size: int = 1) -> list[Example]:
+    """Reads one training file; raises ValueError "FILE:LINE: ..." for a row that training could not use."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"training file {path} does not exist")
+    examples = []
+    for number, row in read_jsonl(path):
+        try:
+            examples.append(_example(row, group_size))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    kinds = sorted({example.type for example in examples})
+    ways = {(item.symmetric, item.own_negatives_only, item.type == "only_1neg") for item in examples}
+    if len(ways) > 1:
+        raise ValueError(f"{path} mixes types that train differently ({', '.join(kinds)}): one file per data set")
+    return examples
+
+
+def _example(row: dict[str, Any], group_size: int) -> Example:
+    query, pos, neg = row.get("query"), row.get("pos"), row.get("neg") or []
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"`query` must be a text that is not empty, found {query!r}")
+    for name, texts in (("pos", pos), ("neg", neg)):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"`{name}` must be a list of texts, found {texts!r:.80}")
+    if not pos:
+        raise ValueError("`pos` must hold at least one text")
+    if not neg and group_size > 1:
+        raise ValueError(f"`neg` is empty but group_size={group_size} needs hard negatives: mine some or set it to 1")
+    scores = []
+    for name, texts in (("pos_scores", pos), ("neg_scores", neg)):
+        values = row.get(name)
+        if values is not None and (
+            not isinstance(values, list)
+            or len(values) != len(texts)
+            or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        ):
+            raise ValueError(f"`{name}` must be null or {len(texts)} finite numbers, found {values!r:.80}")
+        scores.append(values)
+    prompt, kind = row.get("prompt"), row.get("type") or "retrieval"
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"`prompt` must be a text or null, found {prompt!r:.80}")
+    if kind not in TYPES:
+        raise ValueError(f"`type` must be one of {', '.join(TYPES)}; found {kind!r}")
+    return Example(query, pos, neg, scores[0], scores[1], prompt or None, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One query's place in a batch: its example, the chosen positive and negatives, their teacher scores."""
+
+    example: Example
+    passages: list[str]  # P, the positive first
+    scores: list[float] | None  # P
+
+
+def choose(example: Example, group_size: int, rng: random.Random) -> Group:
+    """Draws one positive and group_size - 1 negatives; too few negatives are repeated before drawing."""
+    positive = rng.randrange(len(example.pos))
+    wanted = 1 if example.type == "only_1neg" and group_size > 1 else group_size - 1
+    picks: list[int] = []
+    if wanted:
+        pool = list(range(len(example.neg))) * math.ceil(wanted / len(example.neg))
+        picks = rng.sample(pool, wanted)
+    scores = None
+    if example.pos_scores is not None and (example.neg_scores is not None or not picks):
+        scores = [example.pos_scores[positive], *((example.neg_scores or [])[i] for i in picks)]
+    return Group(example, [example.pos[positive], *(example.neg[i] for i in picks)], scores)
+
+
+class Batches(Dataset[dict[str, Any]]):
+    """Item `step` is this rank's share of the batch of that step: a pure function of (seed, step).
+
+    With `store` (see train.states) texts become the frozen backbone's hidden states instead of token ids.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[Example]],
+        schedule: Schedule,
+        text: TextProcessor,
+        group_size: int,
+        in_batch_negatives: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        store: Any = None,
+    ) -> None:
+        if schedule.batch_size % world_size:
+            raise ValueError(f"batch_size={schedule.batch_size} must be a multiple of the {world_size} ranks")
+        self.sources = sources
+        self.schedule = schedule
+        self.text = text
+        self.group_size = group_size
+        self.in_batch_negatives = in_batch_negatives
+        self.rank, self.world_size = rank, world_size
+        self.store = store
+
+    def __len__(self) -> int:
+        return self.schedule.steps
+
+    def groups(self, step: int) -> list[Group]:
+        """The groups of the whole batch of `step`, all ranks together, in order."""
+        source, indices = self.schedule.batch(step)
+        return [
+            choose(self.sources[source][index], self.group_size, self.schedule.rng(step, position))
+            for position, index in enumerate(indices)
+        ]
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        groups = self.groups(step)
+        distill = all(group.scores is not None for group in groups)  # one gap switches it off for the whole batch
+        share = len(groups) // self.world_size
+        groups = groups[self.rank * share : (self.rank + 1) * share]
+        teacher = torch.tensor([group.scores for group in groups], dtype=torch.float32) if distill else None
+        own_only = groups[0].example.own_negatives_only or not self.in_batch_negatives
+        return {
+            "queries": self._inputs([(group.example.query, "query", group.example.prompt) for group in groups]),
+            "passages": self._inputs(
+                [
+                    (passage, "document", group.example.prompt if group.example.symmetric else None)
+                    for group in groups
+                    for passage in group.passages
+                ]
+            ),
+            "teacher": teacher,  # (Q, P) or None
+            "in_batch": not own_only,
+        }
+
+    def _inputs(self, texts: list[tuple[str, Any, str | None]]) -> dict[str, Tensor]:
+        if self.store is not None:
+            packed: dict[str, Tensor] = self.store.batch(texts)
+            return packed
+        batch = self.text.collate(tokenize(self.text, texts))
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "pool_mask": batch.pool_mask,
+        }
+
+
+def tokenize(text: TextProcessor, texts: Sequence[tuple[str, Any, str | None]]) -> list[Tokens]:
+    """Tokens of (text, kind, instruction) triples, in order; texts that share kind and instruction go together."""
+    tokens: list[Tokens | None] = [None] * len(texts)
+    together: dict[tuple[Any, str | None], list[int]] = {}
+    for index, (_, kind, instruction) in enumerate(texts):
+        together.setdefault((kind, instruction), []).append(index)
+    for (kind, instruction), indices in together.items():
+        for index, item in zip(indices, text([texts[i][0] for i in indices], kind, instruction), strict=True):
+            tokens[index] = item
+    return [item for item in tokens if item is not None]

@@ -1,0 +1,78 @@
+"""Embeddings -> loss: InfoNCE over gathered passages, plus distillation of teacher scores.
+
+    contrastive = mean_i -log softmax(q_i . p / temperature)[positive of i]      over all passages p of the batch
+    kd = mean_i KL(softmax(teacher_i / kd_temperature) || softmax(q_i . p_i / temperature))   over i's own passages
+
+(arXiv 2501.09749, section 3.3). The gather carries gradients, so that the data-parallel mean over ranks is the
+gradient of the loss of the whole batch, whatever the number of ranks, and `kd_weight` means what it says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+from torch.nn import functional as F
+
+# Legend: Q queries of this rank, P passages per query, W ranks, K clusters.
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` carries the gradient; the others are detached, for the log."""
+
+    total: Tensor
+    contrastive: Tensor
+    kd: Tensor
+    accuracy: Tensor
+    """Share of queries whose positive scores above all other passages."""
+
+
+def gather(embeddings: Tensor) -> Tensor:
+    """(n, K) of every rank -> (W*n, K) in rank order, with gradients; the input itself on one rank."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return embeddings
+    gathered: Tensor = torch.cat(tuple(all_gather(embeddings.contiguous())))  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def contrastive_loss(
+    queries: Tensor,
+    passages: Tensor,
+    teacher: Tensor | None,
+    temperature: float,
+    kd_weight: float,
+    kd_temperature: float,
+    in_batch: bool,
+) -> Loss:
+    """Loss of this rank's queries (Q, K) against passages (Q*P, K), each query's own P in a row, positive first.
+
+    `teacher` (Q, P) or None switches distillation; `in_batch` adds the passages of all other queries, of all ranks,
+    as negatives. Raises ValueError when the numbers do not fit.
+    """
+    count = len(queries)
+    if count == 0 or len(passages) % count:
+        raise ValueError(f"{len(passages)} passages cannot be shared out among {count} queries")
+    group = len(passages) // count
+    own = torch.einsum("qk,qpk->qp", queries, passages.view(count, group, -1)) / temperature  # (Q, P)
+    if in_batch:
+        every = gather(passages)  # (W*Q*P, K)
+        scores = queries @ every.T / temperature  # (Q, W*Q*P)
+        rank = dist.get_rank() if len(every) != len(passages) else 0
+        target = (rank * count + torch.arange(count, device=queries.device)) * group
+    else:
+        scores = own
+        target = torch.zeros(count, dtype=torch.long, device=queries.device)
+    contrastive = F.cross_entropy(scores, target)
+    kd = torch.zeros((), device=queries.device)
+    if teacher is not None and kd_weight > 0 and group > 1:
+        if teacher.shape != own.shape:
+            raise ValueError(f"teacher scores {tuple(teacher.shape)} do not fit {tuple(own.shape)} queries x passages")
+        kd = F.kl_div(own.log_softmax(1), (teacher / kd_temperature).softmax(1), reduction="batchmean")
+    total = contrastive + kd_weight * kd
+    with torch.no_grad():
+        accuracy = (scores.argmax(1) == target).float().mean()
+    return Loss(total, contrastive.detach(), kd.detach(), accuracy)

@@ -1,0 +1,101 @@
+"""Hidden states of a frozen backbone, computed once and kept in a file, so that training the head alone is fast.
+
+Only pooled positions are kept, in float16: (T, D) for T tokens of all distinct texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lens.backbone import hidden_states
+from lens.files import read_json, write_json
+from lens.model import LensModel
+from lens.text import TextProcessor
+from train.data import Example, tokenize
+
+# Legend: T pooled tokens of all texts, D hidden size.
+
+Key = tuple[str, Any, str | None]  # text, kind, instruction
+
+
+def keys_of(sources: Sequence[Sequence[Example]]) -> list[Key]:
+    """Every distinct (text, kind, instruction) that training on `sources` can ask for, in order."""
+
+    def walk() -> Iterable[Key]:
+        for source in sources:
+            for example in source:
+                yield example.query, "query", example.prompt
+                instruction = example.prompt if example.symmetric else None
+                for passage in (*example.pos, *example.neg):
+                    yield passage, "document", instruction
+
+    return list(dict.fromkeys(walk()))
+
+
+class HiddenStates:
+    """The file of hidden states, addressed by text."""
+
+    def __init__(self, path: Path, keys: Sequence[Key], lengths: Sequence[int], width: int) -> None:
+        self.index = {key: i for i, key in enumerate(keys)}
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.path, self.shape = path, (int(self.offsets[-1]), width)
+        self.states = np.memmap(path, dtype=np.float16, mode="r", shape=self.shape)
+
+    def batch(self, texts: Sequence[Key]) -> dict[str, Tensor]:
+        """Packed states (T, D) float32 of the texts, in order, and their offsets."""
+        rows = [self.index[key] for key in texts]
+        parts = [self.states[self.offsets[i] : self.offsets[i + 1]] for i in rows]
+        lengths = [0, *(len(part) for part in parts)]
+        return {
+            "hidden": torch.from_numpy(np.concatenate(parts).astype(np.float32)),
+            "cu_seqlens": torch.tensor(lengths).cumsum(0),
+        }
+
+
+@torch.inference_mode()
+def compute_states(
+    model: LensModel, text: TextProcessor, keys: Sequence[Key], path: Path, batch_tokens: int = 8192
+) -> HiddenStates:
+    """Computes the states of `keys` with the model's backbone, or takes them from `path` when they are the same.
+
+    Raises OSError when the disk is full.
+    """
+    tokens = tokenize(text, keys)
+    lengths = [item.end - item.start for item in tokens]
+    width = model.config.hidden_size
+    digest = hashlib.sha256(repr((model.config.to_dict(), width)).encode())
+    for item in tokens:
+        digest.update(np.array([item.start, item.end, *item.ids], dtype=np.int64).tobytes())
+    stamp, wanted = path.with_suffix(".json"), {"sha256": digest.hexdigest()}
+    if not (stamp.is_file() and path.is_file() and read_json(stamp) == wanted):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        states = np.memmap(path, dtype=np.float16, mode="w+", shape=(max(sum(lengths), 1), width))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        device = next(model.backbone.parameters()).device
+        model.eval()
+        order = sorted((i for i in range(len(tokens)) if lengths[i]), key=lambda i: -len(tokens[i].ids))
+        with tqdm(total=len(order), desc="hidden states", unit="text", leave=False) as bar:
+            start = 0
+            while start < len(order):
+                count = max(1, batch_tokens // len(tokens[order[start]].ids))
+                part = order[start : start + count]
+                batch = text.collate([tokens[i] for i in part])
+                hidden = hidden_states(model.backbone, batch.input_ids.to(device), batch.attention_mask.to(device))
+                hidden = hidden.to(torch.float16).cpu()
+                for row, i in enumerate(part):
+                    states[offsets[i] : offsets[i + 1]] = hidden[row, tokens[i].start : tokens[i].end].numpy()
+                start += count
+                bar.update(len(part))
+        states.flush()
+        del states
+        write_json(stamp, wanted)
+    return HiddenStates(path, keys, lengths, width)
