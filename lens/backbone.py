@@ -110,6 +110,8 @@ def load_backbone(
             loaded, report = auto.from_pretrained(base, **options)
         except SafetensorError as error:
             raise ValueError(f"{base}: a weight file is not whole safetensors ({error}); download it again") from error
+        except RuntimeError as error:
+            raise ValueError(f"{base}: weights and config.json do not fit together ({error})") from error
     backbone: nn.Module = loaded.base_model if with_head else loaded
     missing = sorted(report["missing_keys"])
     inner = {name for name, _ in backbone.named_parameters() if not name.startswith("pooler.")}
@@ -211,6 +213,15 @@ def _takes_positions(backbone: nn.Module) -> bool:
         return False
     # RoBERTa and its relatives count positions from padding_idx and derive them from the ids themselves.
     return not hasattr(getattr(bare, "embeddings", None), "padding_idx")
+
+
+def position_limit(backbone: nn.Module) -> int | None:
+    """Longest input in tokens of a backbone with learnt absolute positions; None where there is no such limit."""
+    for name, module in _bare(backbone).named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's first positions are taken by its padding index.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def resize_vocabulary(backbone: nn.Module, size: int) -> None:

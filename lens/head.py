@@ -107,7 +107,7 @@ def _eager(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None
 
 
 def _last(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
-    counts = torch.tensor(lengths, device=rows.device)
+    counts = torch.tensor(lengths, dtype=torch.long, device=rows.device)
     filled = counts > 0
     ends = counts.cumsum(0)[filled] - 1
     pooled = torch.zeros(len(lengths), len(weight), device=rows.device)
@@ -120,7 +120,7 @@ def _column_chunks(rows: int, columns: int) -> list[slice]:
 
 
 def _chunked_sum(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
-    owner = torch.repeat_interleave(torch.tensor(lengths, device=rows.device))  # (T,)
+    owner = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long, device=rows.device))  # (T,)
 
     def columns(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         zeros = torch.zeros(len(lengths), len(weight), device=rows.device)
@@ -168,7 +168,7 @@ class _MaxLogits(torch.autograd.Function):
             torch.stack([argmax[text, cluster], cluster]),
             gradient[text, cluster],
             (len(rows), len(weight)),
-            is_coalesced=False,
+            check_invariants=False,
         ).coalesce()  # (T, K): one entry per active cluster of each text
         d_rows = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:

@@ -28,6 +28,7 @@ from lens.backbone import (
     load_backbone,
     load_config,
     load_tokenizer,
+    position_limit,
     read_vocabulary_head,
     resize_vocabulary,
 )
@@ -252,6 +253,12 @@ def build_model(
         labels = torch.arange(facts["dimensions"], dtype=torch.int32)
     else:
         state = {"weight": centroids}
+    limit = position_limit(backbone)
+    for name in ("query_max_length", "document_max_length"):
+        if limit is not None and settings.get(name, 0) > limit:
+            raise ValueError(f"{name}={settings[name]} is more than the {limit} positions that {base} was trained with")
+        if limit is not None:
+            facts.setdefault(name, min(512, limit))
     if facts["prompt"] == "lens":
         add_special_tokens(tokenizer)
         resize_vocabulary(backbone, len(tokenizer))

@@ -168,7 +168,7 @@ class Recipe:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type, or ValueError naming the field, the value and what is accepted."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
         if option is type(None) and value is None:
             return None

@@ -1,0 +1,165 @@
+"""The command line: `lens encode | search | explain`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lens.files import atomic_file, check_output
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns 0, or 2 after printing one line on what was wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        print(f"lens: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lens: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lens", description="Lexicon-based text embeddings.")
+    commands = parser.add_subparsers(required=True, metavar="encode | search | explain")
+
+    def command(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, epilog=f"example: {example}")
+        sub.set_defaults(command=run)
+        sub.add_argument("--model", required=True, help="folder or hub id of a LENS model")
+        sub.add_argument("--device", help="cpu, cuda or mps; default: the first GPU there is, else the CPU")
+        sub.add_argument("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on GPUs, else float32")
+        sub.add_argument("--instruction", help="instruction of the queries")
+        return sub
+
+    encode = command(
+        "encode",
+        _encode,
+        "Embed texts and write them to a file.",
+        "lens encode corpus.jsonl.gz --model DIR --output d.npz",
+    )
+    encode.add_argument("input", help=".txt (a text a line), .jsonl(.gz) with _id and text, or a BEIR folder")
+    encode.add_argument("--output", required=True, help=".npz (CSR with ids) or .safetensors (dense)")
+    encode.add_argument("--kind", choices=("document", "query"), default="document", help="default: document")
+    encode.add_argument("--top-k", type=int, help="keep this many largest values of each text")
+    encode.add_argument("--batch-tokens", type=int, help="padded tokens of a batch at most")
+    encode.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    search = command(
+        "search",
+        _search,
+        "Rank the texts of a corpus for queries.",
+        "lens search 'copy a tree' --model DIR --corpus DIR",
+    )
+    search.add_argument("query", nargs="*", help="queries, each one argument")
+    search.add_argument("--queries", help="file of queries instead: .txt or .jsonl(.gz)")
+    search.add_argument("--corpus", required=True, help=".txt, .jsonl(.gz) or a BEIR folder")
+    search.add_argument("--embeddings", help="the corpus's embeddings as `lens encode` wrote them")
+    search.add_argument("-k", type=int, default=10, help="documents per query (10)")
+    search.add_argument("--explain", type=int, default=0, metavar="N", help="show the N clusters that matched most")
+    search.add_argument("--json", action="store_true", help="print one JSON object a line")
+    search.add_argument("--output", help="write a TREC run file instead of printing")
+    search.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    explain = command(
+        "explain",
+        _explain,
+        "Show which clusters match.",
+        "lens explain --model DIR --query 'copy' --document 'copy a tree'",
+    )
+    explain.add_argument("--query", required=True)
+    explain.add_argument("--document", required=True)
+    explain.add_argument("-k", type=int, default=10, help="clusters shown (10)")
+    return parser
+
+
+def _load(options: argparse.Namespace) -> Any:
+    import lens
+
+    return lens.load(options.model, device=options.device, dtype=options.dtype)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from lens.corpus import read_texts
+    from lens.vectors import embeddings_ending, save_embeddings
+
+    embeddings_ending(options.output)
+    check_output(options.output, options.overwrite)
+    ids, texts = read_texts(options.input)
+    model = _load(options)
+    embeddings = model.encode(
+        texts,
+        options.kind,
+        options.instruction,
+        output="csr",
+        top_k=options.top_k,
+        batch_tokens=options.batch_tokens,
+    )
+    save_embeddings(options.output, embeddings, ids, options.overwrite)
+    active = embeddings.nnz / max(len(ids), 1)
+    print(f"{len(ids):,} texts x {embeddings.shape[1]:,} dimensions ({active:.0f} active each) in {options.output}")
+
+
+def _search(options: argparse.Namespace) -> None:
+    from lens.corpus import read_texts
+    from lens.search import search
+    from lens.vectors import load_embeddings
+
+    if bool(options.query) == bool(options.queries):
+        raise ValueError("give queries either as arguments or by --queries FILE")
+    if options.k < 1:
+        raise ValueError(f"k must be at least 1, found {options.k}")
+    if options.output:
+        check_output(options.output, options.overwrite)
+    if options.queries:
+        names, queries = read_texts(options.queries)
+    else:
+        names, queries = [str(number) for number in range(1, len(options.query) + 1)], options.query
+    ids, texts = read_texts(options.corpus)
+    stored = load_embeddings(options.embeddings) if options.embeddings else None
+    if stored is not None and stored[1] != ids:
+        raise ValueError(f"{options.embeddings} was made from another corpus than {options.corpus}: its ids differ")
+    model = _load(options)
+    documents = stored[0] if stored is not None else model.encode_documents(texts, output="csr")
+    indices, scores = search(model.encode_queries(queries, options.instruction, output="csr"), documents, options.k)
+    if options.output:
+        with atomic_file(options.output, options.overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for name, found, values in zip(names, indices, scores, strict=True):
+                for rank, (index, score) in enumerate(zip(found, values, strict=True), 1):
+                    file.write(f"{name} Q0 {ids[index]} {rank} {score:.6f} lens\n")
+        print(f"{len(names):,} queries x {indices.shape[1]} documents in {options.output}")
+        return
+    for name, query, found, values in zip(names, queries, indices, scores, strict=True):
+        if not options.json:
+            print(f"\n{query}")
+        for rank, (index, score) in enumerate(zip(found, values, strict=True), 1):
+            if options.json:
+                row = {"query": name, "rank": rank, "document": ids[index], "score": round(float(score), 6)}
+                print(json.dumps(row, ensure_ascii=False))
+                continue
+            print(f"{rank:3d}  {score:.4f}  {ids[index]}  {' '.join(texts[index].split())[:90]}")
+            if options.explain:
+                explanation = model.explain(query, texts[index], options.explain, options.instruction)
+                for match in explanation.matches:
+                    print(f"     {match.share:7.1%}  {', '.join(match.tokens[:6])}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    if options.k < 1:
+        raise ValueError(f"k must be at least 1, found {options.k}")
+    print(_load(options).explain(_text(options.query), _text(options.document), options.k, options.instruction))
+
+
+def _text(value: str) -> str:
+    """The argument itself, or with a leading @ the content of that file."""
+    return Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

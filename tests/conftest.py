@@ -1,0 +1,156 @@
+"""Tiny models made in memory: a random Mistral and a random BERT with tokenizers trained on a few sentences."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForMaskedLM, BertModel, MistralConfig, MistralForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog",
+    "a lexicon based embedding has one dimension for every cluster of tokens",
+    "copy the whole directory tree and keep the modification times of all files",
+    "wait until every thread has finished and join them in the order they were started",
+    "parse a date from a string, and raise an error when the format does not match",
+    "Bidirectional attention lets a token see what comes after it.",
+    "Hidden states go through the head; the greatest logit of every cluster is kept.",
+]
+
+
+def decoder_tokenizer() -> FastTokenizer:
+    """A byte-level BPE with <s> and </s>, of which only <s> is added by itself, as in Mistral."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return FastTokenizer(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+def encoder_tokenizer() -> FastTokenizer:
+    """A WordPiece with [CLS] and [SEP], as in BERT."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return FastTokenizer(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+    )
+
+
+def save_mistral(folder: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = decoder_tokenizer()
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    MistralForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_bert(folder: Path, masked_lm: bool = False) -> Path:
+    torch.manual_seed(0)
+    tokenizer = encoder_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.15,
+    )
+    (BertForMaskedLM(config) if masked_lm else BertModel(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_clusters(folder: Path, vocabulary: int, k: int = 24, width: int = 32) -> Path:
+    """A clusters folder with random centroids and labels, every cluster used."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    labels = np.concatenate([np.arange(k), rng.integers(0, k, vocabulary - k)]).astype(np.int32)
+    tensors = {
+        "centroids": torch.from_numpy(rng.normal(size=(k, width)).astype(np.float32)),
+        "labels": torch.from_numpy(labels),
+    }
+    save_file(tensors, folder / "clusters.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Mistral with its tokenizer."""
+    return save_mistral(tmp_path_factory.mktemp("mistral"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random BERT encoder with its tokenizer."""
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def bert_mlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random BERT with its MLM head."""
+    return save_bert(tmp_path_factory.mktemp("bert_mlm"), masked_lm=True)
+
+
+@pytest.fixture(scope="session")
+def mistral_clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clusters(tmp_path_factory.mktemp("clusters") / "mistral", len(decoder_tokenizer()))
+
+
+@pytest.fixture(scope="session")
+def bert_clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clusters(tmp_path_factory.mktemp("clusters") / "bert", len(encoder_tokenizer()))
+
+
+def need(path: Path) -> Path:
+    """Skips the test, saying why, where a shared data set is absent."""
+    if not path.exists():
+        pytest.skip(f"{path.name} is not here: the shared data sets are not part of the repository")
+    return path

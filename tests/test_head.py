@@ -1,0 +1,179 @@
+"""The formula against loops and hand-computed values, in values and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lens.config import LensConfig
+from lens.head import LexicalHead, _column_chunks, lexical_pool
+
+
+def naive(hidden, weight, bias, lengths, pooling):
+    """e[b][k] by plain Python over rows, texts and clusters."""
+    out = torch.zeros(len(lengths), len(weight), dtype=torch.float64)
+    start = 0
+    for b, length in enumerate(lengths):
+        for k in range(len(weight)):
+            values = []
+            for i in range(start, start + length):
+                logit = sum(float(h) * float(w) for h, w in zip(hidden[i], weight[k], strict=True))
+                values.append(math.log1p(max(logit + (float(bias[k]) if bias is not None else 0.0), 0.0)))
+            if values:
+                out[b, k] = {"max": max(values), "sum": sum(values), "last": values[-1]}[pooling]
+        start += length
+    return out
+
+
+def case(seed=0, width=5, clusters=7):
+    torch.manual_seed(seed)
+    lengths = [3, 0, 1, 6]
+    hidden = torch.randn(sum(lengths), width)
+    return hidden, torch.randn(clusters, width), torch.randn(clusters), lengths
+
+
+def offsets(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def padded(hidden, lengths, left=False):
+    longest = max(lengths)
+    out, mask = torch.randn(len(lengths), longest, hidden.shape[1]) * 9, torch.zeros(len(lengths), longest)
+    start = 0
+    for b, n in enumerate(lengths):
+        place = slice(longest - n, longest) if left else slice(0, n)
+        out[b, place] = hidden[start : start + n]
+        mask[b, place] = 1
+        start += n
+    return out, mask
+
+
+@pytest.mark.parametrize("pooling", ["max", "sum", "last"])
+@pytest.mark.parametrize("backend", ["eager", "chunked"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_naive_loop(pooling, backend, with_bias):
+    hidden, weight, bias, lengths = case()
+    bias = bias if with_bias else None
+    expected = naive(hidden, weight, bias, lengths, pooling).float()
+    packed = lexical_pool(hidden, weight, bias, cu_seqlens=offsets(lengths), pooling=pooling, backend=backend)
+    torch.testing.assert_close(packed, expected)
+    for left in (False, True):
+        rows, mask = padded(hidden, lengths, left)
+        pooled = lexical_pool(rows, weight, bias, mask=mask, pooling=pooling, backend=backend)
+        torch.testing.assert_close(pooled, expected)
+
+
+def test_activation_after_maximum_is_maximum_after_activation():
+    logits = torch.randn(4, 9, 11) * 3
+    torch.testing.assert_close(
+        torch.log1p(torch.relu(logits.amax(1))), torch.log1p(torch.relu(logits)).amax(1), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("pooling", ["max", "sum", "last"])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_chunked_gradients_equal_eager_ones(pooling, narrow, monkeypatch):
+    if narrow:  # many column chunks, the last one not full
+        monkeypatch.setattr("lens.head._CHUNK_ELEMENTS", 1)
+        assert len(_column_chunks(10, 130)) == 3
+    hidden, weight, bias, lengths = case(3, clusters=130)
+    gradients = []
+    for backend in ("eager", "chunked"):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        out = lexical_pool(*leaves, cu_seqlens=offsets(lengths), pooling=pooling, backend=backend)
+        (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradient_against_finite_differences():
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(6, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    cu = torch.tensor([0, 4, 6])
+    leaf = hidden.clone().requires_grad_()
+    lexical_pool(leaf, weight, cu_seqlens=cu).sum().backward()
+    step = 1e-2
+    for i in range(6):
+        for d in range(4):
+            up, down = hidden.clone(), hidden.clone()
+            up[i, d] += step
+            down[i, d] -= step
+            slope = (
+                lexical_pool(up, weight, cu_seqlens=cu).sum() - lexical_pool(down, weight, cu_seqlens=cu).sum()
+            ) / (2 * step)
+            assert abs(float(leaf.grad[i, d]) - float(slope)) < 2e-3
+
+
+def test_frozen_weight_gets_no_gradient():
+    hidden, weight, _, lengths = case()
+    hidden.requires_grad_()
+    lexical_pool(hidden, weight, cu_seqlens=offsets(lengths)).sum().backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_all_negative_logits_and_empty_batch():
+    weight = -torch.ones(3, 2)
+    hidden = torch.ones(1, 4, 2, requires_grad=True)
+    out = lexical_pool(hidden, weight)
+    assert torch.equal(out, torch.zeros(1, 3))
+    out.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    for pooling in ("max", "sum", "last"):
+        for backend in ("eager", "chunked"):
+            empty = lexical_pool(
+                torch.zeros(0, 2), weight, cu_seqlens=torch.tensor([0]), pooling=pooling, backend=backend
+            )
+            assert empty.shape == (0, 3)
+
+
+def test_ties_send_the_whole_gradient_to_one_position():
+    row = torch.tensor([1.0, 2.0])
+    hidden = torch.stack([row, row]).requires_grad_()
+    weight = torch.tensor([[1.0, 1.0]])
+    lexical_pool(hidden, weight, cu_seqlens=torch.tensor([0, 2])).sum().backward()
+    expected = weight[0] / (1 + 3.0)  # d log(1+x) at x = 3
+    norms = hidden.grad.abs().sum(1)
+    assert int((norms > 0).sum()) == 1
+    torch.testing.assert_close(hidden.grad.sum(0), expected)
+
+
+def test_bfloat16_stays_near_float32():
+    hidden, weight, bias, lengths = case(5, width=32, clusters=64)
+    exact = lexical_pool(hidden, weight, bias, cu_seqlens=offsets(lengths))
+    rough = lexical_pool(hidden.bfloat16(), weight, bias, cu_seqlens=offsets(lengths))
+    assert rough.dtype == torch.float32
+    assert (exact - rough).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(3, 4)}, r"\(B, L, D\) without"),
+        ({"weight": torch.zeros(5, 3)}, r"weight must be \(K, 4\)"),
+        ({"bias": torch.zeros(4)}, r"bias must be \(5,\)"),
+        ({"mask": torch.ones(2, 2)}, r"mask must be \(2, 3\)"),
+        ({"pooling": "mean"}, "max, sum or last"),
+        ({"backend": "fast"}, "auto, eager or chunked"),
+        ({"hidden": torch.zeros(6, 4), "cu_seqlens": torch.tensor([0, 5])}, "rise from 0 to T=6"),
+    ],
+)
+def test_misfits_are_named(change, message):
+    arguments = {"hidden": torch.zeros(2, 3, 4), "weight": torch.zeros(5, 4), **change}
+    with pytest.raises(ValueError, match=message):
+        lexical_pool(**arguments)
+
+
+def test_residual_transform_starts_as_the_identity():
+    facts = {"base": "x", "architecture": "encoder", "positions": "content", "dimensions": 6, "hidden_size": 8}
+    labels = torch.arange(6)
+    torch.manual_seed(0)
+    plain = LexicalHead(LensConfig(**facts), labels)
+    residual = LexicalHead(LensConfig(**facts, transform="residual"), labels)
+    residual.weight.data.copy_(plain.weight.data)
+    hidden, mask = torch.randn(2, 5, 8), torch.ones(2, 5)
+    torch.testing.assert_close(plain(hidden, mask), residual(hidden, mask))
+    torch.testing.assert_close(plain(hidden, mask).norm(dim=1), torch.ones(2))
