@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lens.backbone import default_device
+
 
 class Dense:
     """The backbone as it comes, without LENS: mean of the last hidden states over the attention mask, L2-normalised.
 
     `max_length` is in tokens, special tokens included; `batch_tokens` bounds the padded tokens of one batch.
-    Raises OSError when the model or its tokenizer cannot be found.
+    Raises OSError when the model or its tokenizer cannot be found, ValueError for a device that is not there.
     """
 
     def __init__(
@@ -27,19 +29,21 @@ class Dense:
         device: str | None = None,
         dtype: str | None = None,
         max_length: int = 128,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        self._device = torch.device(device) if device else accelerator or torch.device("cpu")
+        try:
+            self._device = torch.empty(0, device=device or default_device()).device
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device {device!r} cannot be used: {error}") from error
         model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype or "float32"))
         self._model = model.to(self._device).eval()
         self._max_length = max_length
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or (4096 if self._device.type == "cpu" else 32768)
         self.dimensions: int = self._model.config.hidden_size
 
     def encode(self, texts: Sequence[str], label: str = "dense") -> NDArray[np.float32]:

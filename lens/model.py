@@ -59,6 +59,13 @@ class LensModel(nn.Module):
         self.backbone_is_own = False
         """True when the backbone differs from `config.base` and must be saved with the artifact."""
 
+    def train(self, mode: bool = True) -> LensModel:
+        """As nn.Module's, but a frozen backbone stays in eval mode: its dropout would be noise that nothing learns."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -44,10 +44,10 @@ class Recipe:
     """Whether a decoder's causal mask is lifted."""
     normalize: bool = True
     """Whether embeddings are L2-normalised."""
-    query_max_length: int = 512
-    """Longest query in tokens, instruction included."""
-    document_max_length: int = 512
-    """Longest passage in tokens."""
+    query_max_length: int | None = None
+    """Longest query in tokens, instruction included; None: 512, or what the backbone allows."""
+    document_max_length: int | None = None
+    """Longest passage in tokens; None: 512, or what the backbone allows."""
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2, ...; None leaves the choice to transformers."""
 
@@ -138,8 +138,9 @@ class Recipe:
             "max_grad_norm": 0.0,
         }  # fmt: skip
         for name, limit in at_least.items():
-            if not getattr(self, name) >= limit:
-                raise ValueError(f"{name} must be at least {limit}, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= limit:
+                raise ValueError(f"{name} must be at least {limit}, found {value}")
         for name in ("temperature", "kd_temperature", "learning_rate", "epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")

@@ -33,7 +33,7 @@ class BM25:
         k1: float = 1.2,
         b: float = 0.75,
     ) -> None:
-        require("eval", "bm25s", "Stemmer")
+        require("bm25", "bm25s", "Stemmer")
         import bm25s
         import Stemmer
 

@@ -1,0 +1,331 @@
+"""The results of `eval/run.py` for people: report.md, and report.html as one file with its plots inside."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.metrics import MEASURES, interval
+from lens.files import require
+
+MAIN = MEASURES[0]
+INK, LINE, LENS, OTHER, LOSS = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+"""Placeholder colours of the plots, replaced by variables of the page so that they follow light and dark."""
+VARIABLES = {INK: "--ink", LINE: "--line", LENS: "--lens", OTHER: "--other", LOSS: "--loss"}
+LABELS = {
+    "nDCG@10": "nDCG@10",
+    "RR@10": "MRR@10",
+    "R@100": "Recall@100",
+    "seconds": "seconds",
+    "dimensions": "dimensions",
+    "active_per_query": "active, query",
+    "active_per_document": "active, document",
+}
+METHOD = (
+    "Every system scores all documents, exactly; equal scores are ordered by position in the corpus, and a document "
+    "that shares nothing with the query (BM25 or LENS score 0) is not retrieved.",
+    "Queries without a relevant document are left out. nDCG has linear gains; a document is relevant for MRR and "
+    "Recall from a judgement of 1.",
+    "A fusion sums the scores of its parts over all documents: cosines as they are, BM25 divided by its maximum over "
+    "the documents for that query.",
+    "Δ is the mean over queries of the first system less the second, with its 95% percentile bootstrap interval; p is "
+    "the two-sided paired randomisation test (sign flips), p (Holm) the same corrected for the comparisons of the data "
+    "set on that measure, p (t) the paired t-test.",
+    "Seconds are encoding or indexing, scoring and ranking on the machine named below; a fusion's include its "
+    "parts'. Active: mean non-zero dimensions.",
+)
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the page shows of one data set beyond results.json: query ids, texts, and system -> measure -> values."""
+
+    queries: Sequence[str]
+    texts: Sequence[str]
+    values: Mapping[str, Mapping[str, NDArray[np.float64]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a header; `best` holds (row, column) of the cells to stress."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+
+    def markdown(self) -> str:
+        """The table in markdown, with its special characters escaped."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cells) + " |"
+
+        rows = [[re.sub(r"([\\|`*_<>])", r"\\\1", cell) for cell in row] for row in (self.header, *self.rows)]
+        for row, column in self.best:
+            rows[row + 1][column] = f"**{rows[row + 1][column]}**"
+        rule = "| --- |" + " ---: |" * (len(self.header) - 1)
+        return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+    def html(self) -> str:
+        """The table in HTML, escaped, in a box that scrolls sideways on a narrow screen."""
+        head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in self.header)
+        body = ""
+        for i, row in enumerate(self.rows):
+            cells = [f"<b>{escape(cell)}</b>" if (i, j) in self.best else escape(cell) for j, cell in enumerate(row)]
+            body += f"<tr><th scope=row>{cells[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>\n"
+        return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for a table cell; a dash where there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def p_value(p: float | None) -> str:
+    """A p value with three decimals, or "<0.001"."""
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def systems_table(systems: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Quality and cost of every system, the best value of each measure stressed."""
+    rows = []
+    for name, facts in systems.items():
+        sizes = [number(facts["dimensions"], 0), number(facts["active_per_query"], 1)]
+        measured = [number(facts[measure]) for measure in MEASURES]
+        rows.append([name, *measured, number(facts["seconds"], 1), *sizes, number(facts["active_per_document"], 1)])
+    best = {
+        (row, column)
+        for column in range(1, len(MEASURES) + 1)
+        for row in range(len(rows))
+        if rows[row][column] == max(cells[column] for cells in rows)
+    }
+    return Table(["system", *LABELS.values()], rows, frozenset(best))
+
+
+def comparisons_table(comparisons: Sequence[Mapping[str, Any]], measure: str) -> Table:
+    """Differences on one measure with intervals, p values and counts of queries won, tied and lost."""
+    rows = [
+        [
+            f"{row['system']} vs. {row['other']}",
+            f"{row['difference']:+.3f}",
+            "–" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}",
+            *(p_value(row[key]) for key in ("p", "p_holm", "p_t")),
+            f"{row['wins']} / {row['ties']} / {row['losses']}",
+        ]
+        for row in comparisons
+        if row["measure"] == measure
+    ]
+    return Table([LABELS[measure], "Δ", "95% interval", "p", "p (Holm)", "p (t)", "won / tied / lost"], rows)
+
+
+def overview_table(datasets: Mapping[str, Any]) -> Table:
+    """The main measure of every system on every data set, and its mean."""
+    names = list(next(iter(datasets.values()))["systems"])
+    values = [[dataset["systems"][name][MAIN] for name in names] for dataset in datasets.values()]
+    values.append([float(mean) for mean in np.mean(values, axis=0)])
+    rows = [[label, *(number(value) for value in row)] for label, row in zip([*datasets, "mean"], values, strict=True)]
+    best = {(i, j) for i, row in enumerate(rows) for j in range(1, len(row)) if row[j] == max(row[1:])}
+    return Table([f"data set ({MAIN})", *names], rows, frozenset(best))
+
+
+def extremes(details: Details, system: str, other: str, count: int = 10) -> list[tuple[str, Table]]:
+    """The queries that gain and that lose most by `system` against `other`, as captioned tables."""
+    mine, theirs = details.values[system][MAIN], details.values[other][MAIN]
+    order = np.argsort(mine - theirs, kind="stable")
+    tables = []
+    for caption, rows in (
+        (f"Queries where {system} gains most on {other}", [row for row in order[::-1] if mine[row] > theirs[row]]),
+        (f"Queries where {system} loses most to {other}", [row for row in order if mine[row] < theirs[row]]),
+    ):
+        cells = []
+        for row in rows[:count]:
+            text = " ".join(details.texts[row].split())
+            shown = text if len(text) <= 160 else text[:159] + "…"
+            cells.append([shown, details.queries[row], number(mine[row]), number(theirs[row])])
+        tables.append((caption, Table(["query", "id", system, other], cells)))
+    return tables
+
+
+def reference(details: Details, first: str) -> str | None:
+    """The system that the listings compare with: dense where there is one, else the next; None when alone."""
+    others = [name for name in details.values if name != first]
+    return "dense" if "dense" in others else next(iter(others), None)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The content of results.json as a markdown report."""
+    parts = ["# Retrieval evaluation"]
+    if len(results["datasets"]) > 1:
+        parts += [overview_table(results["datasets"]).markdown()]
+    for name, dataset in results["datasets"].items():
+        parts += [f"## {name}", counts(dataset), systems_table(dataset["systems"]).markdown()]
+        for measure in MEASURES if dataset["comparisons"] else ():
+            parts += [comparisons_table(dataset["comparisons"], measure).markdown()]
+    parts += ["## How this was measured", "\n".join(f"- {line}" for line in [*METHOD, *settings(results)])]
+    return "\n\n".join(parts) + "\n"
+
+
+def counts(dataset: Mapping[str, Any]) -> str:
+    """One line about a data set: its size and what was left out."""
+    line = f"{dataset['queries']:,} queries, {dataset['documents']:,} documents"
+    if dataset["queries_without_relevant"]:
+        line += f"; {dataset['queries_without_relevant']:,} queries without a relevant document left out"
+    return ". ".join([line, *dataset["warnings"]])
+
+
+def settings(results: Mapping[str, Any]) -> list[str]:
+    """The settings, versions and machine as lines."""
+    return [
+        f"{title}: " + ", ".join(f"{key} {value}" for key, value in results[title.lower()].items() if value is not None)
+        for title in ("Config", "Versions", "Machine")
+    ]
+
+
+def html(results: Mapping[str, Any], details: Mapping[str, Details]) -> str:
+    """The report as one HTML page that loads nothing: tables, plots as SVG, and the best and worst queries."""
+    parts = ["<h1>Retrieval evaluation</h1>"]
+    if len(results["datasets"]) > 1:
+        parts += [overview_table(results["datasets"]).html()]
+    for name, dataset in results["datasets"].items():
+        detail = details[name]
+        first = next(iter(detail.values))
+        parts += [f"<h2>{escape(name)}</h2><p>{escape(counts(dataset))}</p>", systems_table(dataset["systems"]).html()]
+        parts += [figure(bars(detail.values, first), f"{MAIN} on {name}, with 95% bootstrap intervals over queries")]
+        if dataset["comparisons"]:
+            tables = {measure: comparisons_table(dataset["comparisons"], measure).html() for measure in MEASURES}
+            parts += ["<h3>Paired differences</h3>", tables.pop(MAIN)]
+            parts += [fold(f"The same on {LABELS[measure]}", table) for measure, table in tables.items()]
+        plain = [name for name, facts in dataset["systems"].items() if not facts["parts"] and name != first]
+        parts += ["<div class=plots>"]
+        parts += [
+            figure(win_loss(detail.values, first, other), f"{first} vs. {other}: {MAIN} query by query")
+            for other in plain
+        ]
+        parts += ["</div>"]
+        other = reference(detail, first)
+        for caption, table in extremes(detail, first, other) if other else ():
+            parts += [fold(caption, table.html())]
+    lines = "".join(f"<li>{escape(line)}</li>" for line in [*METHOD, *settings(results)])
+    parts += [f"<h2>How this was measured</h2><ul>{lines}</ul>"]
+    return PAGE.replace("@BODY@", "\n".join(parts))
+
+
+def fold(caption: str, content: str) -> str:
+    """HTML that shows when its caption is opened."""
+    return f"<details><summary>{escape(caption)}</summary>{content}</details>"
+
+
+def figure(svg: str, caption: str) -> str:
+    """A plot with its caption, which is also its text for screen readers."""
+    label = escape(caption)
+    image = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return f"<figure>{image}<figcaption>{label}</figcaption></figure>"
+
+
+def bars(values: Mapping[str, Mapping[str, NDArray[np.float64]]], first: str) -> str:
+    """SVG: the mean of the main measure of every system with its 95% interval; `first` is stressed."""
+    axes = canvas(0.36 * len(values) + 0.5)
+    for place, (name, measured) in enumerate(values.items()):
+        mean, (low, high) = float(measured[MAIN].mean()), interval(measured[MAIN])
+        axes.barh(place, mean, color=LENS if name == first else OTHER, height=0.66)
+        if low is not None and high is not None:
+            axes.plot([low, high], [place, place], color=INK, linewidth=1.4)
+        axes.text(max(mean, high or 0) + 0.008, place, f"{mean:.3f}", va="center", color=INK)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xlim(0, min(1.12, axes.get_xlim()[1] * 1.1))
+    axes.grid(axis="x", color=LINE)
+    return svg(axes)
+
+
+def win_loss(values: Mapping[str, Mapping[str, NDArray[np.float64]]], first: str, other: str) -> str:
+    """SVG: the differences of all queries on the main measure, sorted, gains and losses in two colours."""
+    difference = np.sort(values[first][MAIN] - values[other][MAIN])[::-1]
+    axes = canvas(2.2)
+    edges = np.arange(len(difference) + 1)
+    steps = np.append(difference, difference[-1:])
+    for sign, colour, count, place, align in (
+        (1, LENS, int((difference > 0).sum()), 0.02, "left"),
+        (-1, LOSS, int((difference < 0).sum()), 0.98, "right"),
+    ):
+        axes.fill_between(edges, np.clip(steps * sign, 0, None) * sign, step="post", color=colour, linewidth=0)
+        text = f"{count} better" if sign > 0 else f"{count} worse"
+        height = 0.06 if sign > 0 else 0.94
+        axes.text(place, height, text, transform=axes.transAxes, ha=align, va="center", color=INK)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xlim(0, len(difference))
+    axes.set_ylim(-1.05, 1.05)
+    axes.grid(axis="y", color=LINE)
+    axes.set_xlabel("queries, best first")
+    return svg(axes)
+
+
+def canvas(height: float) -> Any:
+    """Empty matplotlib axes, 4.8 inches wide and `height` inches high, in the placeholder colours."""
+    require("eval", "matplotlib")
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(4.8, height), layout="constrained").add_subplot()
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelcolor=INK, labelsize=10)
+    axes.xaxis.label.set_color(INK)
+    return axes
+
+
+def svg(axes: Any) -> str:
+    """The figure of `axes` as SVG that scales with the page and takes its colours and font."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lens"}):
+        axes.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg ") :]
+    text = re.sub(r' (?:id|width|height)="[^"]*"', "", text[: text.index(">")]) + text[text.index(">") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Retrieval evaluation</title>
+<style>
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #dde2e9; --page: #fbfcfd; --card: #fff;
+  --lens: #2f6fde; --other: #a9b4c4; --loss: #d9743a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #98a4b5; --line: #303844; --page: #12161c;
+  --card: #191f27; --lens: #6ea2ff; --other: #56627a; --loss: #e58a52; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 1rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .3rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; } p, li, figcaption { color: var(--soft); } p { margin: 0 0 .8rem; }
+ul { padding-left: 1.2rem; font-size: .9rem; overflow-wrap: anywhere; }
+.table { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line); }
+tbody th { font-weight: 500; } tbody tr + tr > * { border-top: 1px solid var(--line); }
+td b { color: var(--lens); }
+figure { margin: 1rem 0 0; padding: .8rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .5rem; }
+figure svg { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 auto; font-family: inherit; }
+figcaption { font-size: .85rem; text-align: center; margin-top: .4rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 1rem; }
+details { margin-top: 1rem; } summary { cursor: pointer; padding: .3rem 0; }
+details tbody th { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
+</style></head><body>
+@BODY@
+</body></html>
+"""

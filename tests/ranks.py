@@ -1,0 +1,38 @@
+"""Run by test_loss.py in several processes: gradients of the loss on this rank's share of a fixed batch."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from train.loss import contrastive_loss
+
+
+def main(output: str) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(8, 6, generator=generator)
+    passages = torch.randn(24, 6, generator=generator)
+    teacher = torch.randn(8, 3, generator=generator)
+    torch.manual_seed(1)
+    layer: torch.nn.Module = torch.nn.Linear(6, 5)
+    wrapped = DistributedDataParallel(layer) if world_size > 1 else layer
+    share = 8 // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+    both = wrapped(torch.cat([queries[mine], passages[rank * share * 3 : (rank + 1) * share * 3]]))
+    loss = contrastive_loss(both[:share], both[share:], teacher[mine], 0.5, 0.7, 1.3, in_batch=True)
+    loss.total.backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in layer.named_parameters()}, output)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,90 @@
+"""The loss against naive loops, and its gradients on several ranks against one."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from train.loss import contrastive_loss
+
+
+def naive(queries, passages, teacher, temperature, kd_weight, kd_temperature, in_batch):
+    """Both parts by plain Python."""
+    group = len(passages) // len(queries)
+    contrastive, kd, right = 0.0, 0.0, 0
+    for i, query in enumerate(queries):
+        pool = range(len(passages)) if in_batch else range(i * group, (i + 1) * group)
+        scores = {j: float(query @ passages[j]) / temperature for j in pool}
+        total = sum(math.exp(score) for score in scores.values())
+        contrastive -= math.log(math.exp(scores[i * group]) / total)
+        right += max(scores, key=scores.get) == i * group
+        own = [float(query @ passages[i * group + p]) / temperature for p in range(group)]
+        student = [math.exp(s) / sum(map(math.exp, own)) for s in own]
+        if teacher is not None:
+            wanted = [math.exp(float(t) / kd_temperature) for t in teacher[i]]
+            for t, s in zip(wanted, student, strict=True):
+                kd += t / sum(wanted) * math.log(t / sum(wanted) / s)
+    n = len(queries)
+    return contrastive / n + kd_weight * kd / n, contrastive / n, kd / n, right / n
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_equals_naive_loop(in_batch, with_teacher):
+    torch.manual_seed(0)
+    queries, passages = torch.randn(5, 8), torch.randn(20, 8)
+    teacher = torch.randn(5, 4) if with_teacher else None
+    loss = contrastive_loss(queries, passages, teacher, 0.7, 0.3, 0.9, in_batch)
+    expected = naive(queries, passages, teacher, 0.7, 0.3, 0.9, in_batch)
+    for found, wanted in zip((loss.total, loss.contrastive, loss.kd, loss.accuracy), expected, strict=True):
+        assert float(found) == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_weight_zero_and_single_passages_switch_distillation_off():
+    queries, passages = torch.randn(4, 8), torch.randn(4, 8)
+    assert float(contrastive_loss(queries, passages, torch.ones(4, 1), 1, 1, 1, True).kd) == 0
+    passages = torch.randn(8, 8)
+    assert float(contrastive_loss(queries, passages, torch.randn(4, 2), 1, 0, 1, True).kd) == 0
+
+
+def test_misfits_are_named():
+    with pytest.raises(ValueError, match="7 passages cannot be shared out among 2 queries"):
+        contrastive_loss(torch.zeros(2, 3), torch.zeros(7, 3), None, 1, 1, 1, True)
+    with pytest.raises(ValueError, match="do not fit"):
+        contrastive_loss(torch.zeros(2, 3), torch.zeros(6, 3), torch.zeros(2, 2), 1, 1, 1, True)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def gradients(world_size, tmp_path):
+    output = tmp_path / f"gradients-{world_size}.pt"
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": str(world_size), "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "ranks.py", output], env={**environment, "RANK": str(rank)}, cwd=ROOT
+        )
+        for rank in range(world_size)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0] * world_size
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.slow
+def test_gradients_are_equal_for_one_two_and_four_ranks(tmp_path):
+    alone = gradients(1, tmp_path)
+    assert max(float(gradient.abs().max()) for gradient in alone.values()) > 1e-3
+    for world_size in (2, 4):
+        for name, gradient in gradients(world_size, tmp_path).items():
+            torch.testing.assert_close(gradient, alone[name], rtol=1e-4, atol=1e-6)
