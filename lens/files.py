@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -153,23 +154,20 @@ def read_tensors(path: str | os.PathLike[str], expected: Mapping[str, Sequence[i
     return tensors
 
 
-def open_text(path: str | os.PathLike[str]) -> IO[str]:
-    """Opens a UTF-8 text file for reading, through gzip when its name ends in .gz."""
-    path = Path(path)
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line without its end); decoding and gzip errors name the file and the line."""
+    """Yields (line number from 1, line without its end) of a UTF-8 text file, through gzip when its name ends in .gz.
+
+    Raises ValueError "FILE:LINE: ..." for a line that is not UTF-8 and for a damaged gzip file.
+    """
     number = 0
-    with open_text(path) as file:
+    with gzip.open(path) if Path(path).suffix == ".gz" else Path(path).open("rb") as file:
         try:
             for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\r\n")
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(f"{path}:{number + 1}: cannot be read as UTF-8 text: {error}") from error
+                yield number, line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 text: {error}") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}:{number + 1}: damaged gzip file: {error}") from error
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -27,7 +27,17 @@ def main(output: str) -> None:
     mine = slice(rank * share, (rank + 1) * share)
     both = wrapped(torch.cat([queries[mine], passages[rank * share * 3 : (rank + 1) * share * 3]]))
     loss = contrastive_loss(both[:share], both[share:], teacher[mine], 0.5, 0.7, 1.3, in_batch=True)
-    loss.total.backward()
+    taught = contrastive_loss(
+        both[:share],
+        both[share:],
+        None,
+        0.5,
+        0.7,
+        1.3,
+        True,
+        (queries[mine], passages[rank * share * 3 :][: share * 3]),
+    )
+    (loss.total + taught.total).backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in layer.named_parameters()}, output)
     if world_size > 1:

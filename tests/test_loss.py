@@ -47,6 +47,23 @@ def test_equals_naive_loop(in_batch, with_teacher):
         assert float(found) == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_teacher_embeddings_score_every_passage(in_batch):
+    torch.manual_seed(2)
+    queries, passages = torch.randn(3, 8), torch.randn(6, 8)
+    wanted, known = torch.randn(3, 4), torch.randn(6, 4)
+    loss = contrastive_loss(queries, passages, None, 0.7, 0.3, 0.9, in_batch, (wanted, known))
+    kd = 0.0
+    for i in range(3):
+        pool = range(6) if in_batch else range(2 * i, 2 * i + 2)
+        teacher = [math.exp(float(wanted[i] @ known[j]) / 0.9) for j in pool]
+        student = [math.exp(float(queries[i] @ passages[j]) / 0.7) for j in pool]
+        for t, s in zip(teacher, student, strict=True):
+            kd += t / sum(teacher) * math.log(t / sum(teacher) / (s / sum(student)))
+    assert float(loss.kd) == pytest.approx(kd / 3, rel=1e-4)
+    assert float(loss.total) == pytest.approx(float(loss.contrastive) + 0.3 * kd / 3, rel=1e-4)
+
+
 def test_weight_zero_and_single_passages_switch_distillation_off():
     queries, passages = torch.randn(4, 8), torch.randn(4, 8)
     assert float(contrastive_loss(queries, passages, torch.ones(4, 1), 1, 1, 1, True).kd) == 0

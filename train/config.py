@@ -73,6 +73,9 @@ class Recipe:
     in_batch_negatives: bool = True
     """Whether retrieval data also takes the passages of the batch's other queries as negatives, over all ranks.
     Class and clustering data never do."""
+    teacher_embeddings: str | None = None
+    """File of a bi-encoder's embeddings of all training texts (train/score.py --embeddings). Distillation then covers
+    all passages of a batch instead of each query's own; the scores in the data are not used."""
     temperature: float = 0.02
     """Scores are divided by it before the softmax."""
     kd_weight: float = 1.0

@@ -6,6 +6,7 @@ A file holds one JSON object a line in the format of `cfli/bge-full-data`: `quer
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lens.files import read_jsonl
+from lens.files import read_jsonl, read_tensors
 from lens.text import TextProcessor, Tokens
 from train.sampler import Schedule
 
@@ -121,6 +122,33 @@ def choose(example: Example, group_size: int, rng: random.Random) -> Group:
     return Group(example, [example.pos[positive], *(example.neg[i] for i in picks)], scores)
 
 
+class TeacherEmbeddings:
+    """A bi-encoder's embeddings of all training texts, as train/score.py writes them.
+
+    The file holds `embeddings` (N, E) float16 and `keys` (N,) int64, the hashes of the texts. Raises ValueError when
+    a text of `sources` is missing.
+    """
+
+    def __init__(self, path: str | Path, sources: Sequence[Sequence[Example]]) -> None:
+        tensors = read_tensors(path, {"embeddings": (None, None), "keys": (None,)})
+        self.embeddings = tensors["embeddings"]
+        self.rows = {key: row for row, key in enumerate(tensors["keys"].tolist())}
+        for source in sources:
+            for example in source:
+                for text in (example.query, *example.pos, *example.neg):
+                    if text_key(text) not in self.rows:
+                        raise ValueError(f"{path} has no embedding of {text[:60]!r}: score the same data again")
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings (n, E) float32 of the texts."""
+        return self.embeddings[[self.rows[text_key(text)] for text in texts]].float()
+
+
+def text_key(text: str) -> int:
+    """A 63-bit hash of a text, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
 class Batches(Dataset[dict[str, Any]]):
     """Item `step` is this rank's share of the batch of that step: a pure function of (seed, step).
 
@@ -137,6 +165,7 @@ class Batches(Dataset[dict[str, Any]]):
         rank: int = 0,
         world_size: int = 1,
         store: Any = None,
+        teacher: TeacherEmbeddings | None = None,
     ) -> None:
         if schedule.batch_size % world_size:
             raise ValueError(f"batch_size={schedule.batch_size} must be a multiple of the {world_size} ranks")
@@ -147,6 +176,7 @@ class Batches(Dataset[dict[str, Any]]):
         self.in_batch_negatives = in_batch_negatives
         self.rank, self.world_size = rank, world_size
         self.store = store
+        self.teacher = teacher
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -166,7 +196,14 @@ class Batches(Dataset[dict[str, Any]]):
         groups = groups[self.rank * share : (self.rank + 1) * share]
         teacher = torch.tensor([group.scores for group in groups], dtype=torch.float32) if distill else None
         own_only = groups[0].example.own_negatives_only or not self.in_batch_negatives
+        vectors = None
+        if self.teacher is not None:
+            vectors = (
+                self.teacher([group.example.query for group in groups]),
+                self.teacher([passage for group in groups for passage in group.passages]),
+            )
         return {
+            "teacher_vectors": vectors,  # ((Q, E), (Q*P, E)) or None
             "queries": self._inputs([(group.example.query, "query", group.example.prompt) for group in groups]),
             "passages": self._inputs(
                 [

@@ -1,9 +1,10 @@
 """Embeddings -> loss: InfoNCE over gathered passages, plus distillation of teacher scores.
 
     contrastive = mean_i -log softmax(q_i . p / temperature)[positive of i]      over all passages p of the batch
-    kd = mean_i KL(softmax(teacher_i / kd_temperature) || softmax(q_i . p_i / temperature))   over i's own passages
+    kd = mean_i KL(softmax(teacher_i / kd_temperature) || softmax(q_i . p / temperature))     over i's own passages
 
-(arXiv 2501.09749, section 3.3). The gather carries gradients, so that the data-parallel mean over ranks is the
+(arXiv 2501.09749, section 3.3). A bi-encoder teacher has scores for all passages of the batch, and kd is then taken
+over all of them, like the contrastive part. The gather carries gradients, so that the data-parallel mean over ranks is the
 gradient of the loss of the whole batch, whatever the number of ranks, and `kd_weight` means what it says.
 """
 
@@ -47,11 +48,13 @@ def contrastive_loss(
     kd_weight: float,
     kd_temperature: float,
     in_batch: bool,
+    teacher_vectors: tuple[Tensor, Tensor] | None = None,
 ) -> Loss:
     """Loss of this rank's queries (Q, K) against passages (Q*P, K), each query's own P in a row, positive first.
 
-    `teacher` (Q, P) or None switches distillation; `in_batch` adds the passages of all other queries, of all ranks,
-    as negatives. Raises ValueError when the numbers do not fit.
+    `teacher` (Q, P) or None switches distillation; `teacher_vectors`, a bi-encoder's embeddings of the queries (Q, E)
+    and passages (Q*P, E), takes its place and scores every passage. `in_batch` adds the passages of all other queries,
+    of all ranks, as negatives. Raises ValueError when the numbers do not fit.
     """
     count = len(queries)
     if count == 0 or len(passages) % count:
@@ -68,7 +71,15 @@ def contrastive_loss(
         target = torch.zeros(count, dtype=torch.long, device=queries.device)
     contrastive = F.cross_entropy(scores, target)
     kd = torch.zeros((), device=queries.device)
-    if teacher is not None and kd_weight > 0 and group > 1:
+    if teacher_vectors is not None and kd_weight > 0:
+        wanted, known = teacher_vectors
+        if in_batch:
+            known = gather(known)
+            marks = wanted @ known.T  # (Q, W*Q*P)
+        else:
+            marks = torch.einsum("qe,qpe->qp", wanted, known.view(count, group, -1))  # (Q, P)
+        kd = F.kl_div(scores.log_softmax(1), (marks / kd_temperature).softmax(1), reduction="batchmean")
+    elif teacher is not None and kd_weight > 0 and group > 1:
         if teacher.shape != own.shape:
             raise ValueError(f"teacher scores {tuple(teacher.shape)} do not fit {tuple(own.shape)} queries x passages")
         kd = F.kl_div(own.log_softmax(1), (teacher / kd_temperature).softmax(1), reduction="batchmean")

@@ -28,7 +28,7 @@ from lens.files import check_output, read_json, require, write_json
 from lens.model import CONFIG_FILE, LensModel, build_model
 from lens.text import SPECIAL_TOKENS, TextProcessor
 from train.config import Recipe, load_recipe, parse_overrides
-from train.data import Batches, read_examples
+from train.data import Batches, TeacherEmbeddings, read_examples
 from train.sampler import Schedule
 from train.states import compute_states, keys_of
 from train.trainer import LensTrainer, newest_checkpoint
@@ -81,6 +81,7 @@ def train(recipe: Recipe) -> None:
     for tracker in recipe.report_to:
         require("train", *(["tensorboard"] if tracker == "tensorboard" else []))
     sources = [read_examples(path, recipe.group_size) for path in recipe.data]
+    teacher = TeacherEmbeddings(recipe.teacher_embeddings, sources) if recipe.teacher_embeddings else None
     arguments = training_arguments(recipe, world_size)
     schedule = make_schedule(recipe, [len(source) for source in sources])
     set_seed(recipe.seed)
@@ -93,7 +94,9 @@ def train(recipe: Recipe) -> None:
         with arguments.main_process_first(local=False):
             store = compute_states(model, text, keys_of(sources), output / STATES_FILE)
         model.backbone.to("cpu")
-    batches = Batches(sources, schedule, text, recipe.group_size, recipe.in_batch_negatives, rank, world_size, store)
+    batches = Batches(
+        sources, schedule, text, recipe.group_size, recipe.in_batch_negatives, rank, world_size, store, teacher
+    )
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, recipe.resolved())

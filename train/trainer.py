@@ -86,6 +86,7 @@ class LensTrainer(Trainer):
             recipe.kd_weight,
             recipe.kd_temperature,
             inputs["in_batch"],
+            inputs["teacher_vectors"],
         )
         self._count(loss, queries.detach(), passages.detach())
         return (loss.total, {"queries": queries, "passages": passages}) if return_outputs else loss.total
