@@ -4,8 +4,8 @@
     kd = mean_i KL(softmax(teacher_i / kd_temperature) || softmax(q_i . p / temperature))     over i's own passages
 
 (arXiv 2501.09749, section 3.3). A bi-encoder teacher has scores for all passages of the batch, and kd is then taken
-over all of them, like the contrastive part. The gather carries gradients, so that the data-parallel mean over ranks is the
-gradient of the loss of the whole batch, whatever the number of ranks, and `kd_weight` means what it says.
+over all of them, like the contrastive part. The gather carries gradients, so that the data-parallel mean over ranks
+is the gradient of the loss of the whole batch, whatever the number of ranks, and `kd_weight` means what it says.
 """
 
 from __future__ import annotations
