@@ -56,6 +56,7 @@ class Step:
     output: Path
     after: tuple[str, ...] = ()  # steps whose outputs it reads
     state: Any = field(default=None)  # whatever else its output depends on, as JSON
+    resumable: bool = False  # whether the program goes on from a half-made output of its own
 
     def key(self, keys: dict[str, str]) -> str:
         """A hash of the command, the state and the keys of the steps before it."""
@@ -139,19 +140,22 @@ def plan(
         Step(
             "score",
             "Teacher scores from the backbone's own cosine similarity",
-            f"train/score.py --model {base} --data {out}/mined.jsonl --output {out}/train.jsonl",
-            output / "train.jsonl",
+            f"train/score.py --model {base} --data {out}/mined.jsonl --output {out}/train/examples.jsonl "
+            f"--embeddings {out}/train/teacher.safetensors",
+            output / "train",
             after=("mine",),
             state=model_state,
         ),
         Step(
             "train",
             "Train LENS: contrastive loss and distillation",
-            f"train/run.py {RECIPE} --base {base} --clusters {out}/clusters --data {out}/train.jsonl "
+            f"train/run.py {RECIPE} --base {base} --clusters {out}/clusters --data {out}/train/examples.jsonl "
+            f"--teacher_embeddings {out}/train/teacher.safetensors "
             + shlex.join(["--output", f"{shown(output)}/model", *training]),
             output / "model",
             after=("cluster", "score"),
             state=[recipe, model_state],
+            resumable=True,
         ),
         Step(
             "evaluate",
@@ -239,7 +243,15 @@ def run_steps(steps: Sequence[Step], output: Path, offline: bool, restart: bool 
                 print(f"      unchanged since it ran, in {duration(entry['seconds'])}", flush=True)
                 continue
         remove(stamp)
-        remove(step.output)
+        begun = output / ".steps" / f"{step.name}.begun.json"
+        goes_on = (
+            step.resumable and not restart and begun.is_file() and begun.read_text() == json.dumps(keys[step.name])
+        )
+        if not goes_on:
+            remove(step.output)
+            if step.resumable:
+                begun.parent.mkdir(parents=True, exist_ok=True)
+                begun.write_text(json.dumps(keys[step.name]))
         start = time.monotonic()
         try:
             peak = call(shlex.split(step.command), output / "logs" / f"{step.name}.log", offline)

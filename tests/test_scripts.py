@@ -355,6 +355,19 @@ def test_a_failing_step_gives_one_line_and_runs_again(
     assert calls(tmp_path) == ORDER[3:]
 
 
+def test_a_killed_training_goes_on_unless_its_inputs_changed(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "out" / "model" / "checkpoint-7"
+    monkeypatch.setenv("FAIL", "train")
+    assert start(quickstart, tmp_path) == 1
+    kept.mkdir(parents=True)
+    assert start(quickstart, tmp_path) == 1
+    assert kept.exists()
+    assert start(quickstart, tmp_path, "--", "--max_steps", "3") == 1
+    assert not kept.exists()
+
+
 def test_report_is_one_escaped_page(quickstart: ModuleType, tmp_path: Path) -> None:
     assert start(quickstart, tmp_path) == 0
     page = (tmp_path / "out" / "report.html").read_text()
