@@ -1,0 +1,156 @@
+"""Retrieval figures of docs/results.md and docs/evaluation.md: LENS-mini, its backbone and BM25 on BEIR folders.
+
+    python benchmarks/retrieval.py --quickstart runs/quickstart --beir DIR [DIR ...]
+
+Runs eval/run.py on the quick start's held-out part and on each further folder with the same model, and BM25 with and
+without stems; writes benchmarks/results/retrieval.json and, from it, docs/results.md. `--page` writes the page only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lens.files import atomic_file, read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "retrieval.json"
+PAGE = ROOT / "docs" / "results.md"
+SHOWN = ("nDCG@10", "RR@10", "R@100")
+
+
+def evaluate(arguments: list[str]) -> dict[str, Any]:
+    """The results.json of one call of eval/run.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "eval/run.py", *arguments, "--output", f"{folder}/eval"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return read_json(Path(folder) / "eval" / "results.json")
+
+
+def collect(quickstart: Path, folders: list[Path]) -> dict[str, Any]:
+    """All figures: the held-out part, the further folders, BM25's two settings, the quick start's own record."""
+    model = ["--model", f"LENS={quickstart / 'model'}", "--baselines", "bm25", "dense", "--fuse"]
+    heldout = evaluate([*model, "--beir", str(quickstart / "data" / "heldout"), "--split", "test"])
+    names = evaluate([*model, "--beir", str(quickstart / "data" / "heldout"), "--split", "names"])
+    others = evaluate([*model, "--beir", *map(str, folders), "--split", "test"])
+    plain = evaluate(["--beir", *map(str, folders), "--split", "test", "--baselines", "bm25", "--bm25-stemmer", "none"])
+    report = read_json(quickstart / "report.json")
+    report.pop("answers", None)
+    return {
+        "heldout": heldout["datasets"]["heldout"],
+        "names": names["datasets"]["heldout"],
+        "others": others["datasets"],
+        "bm25_plain_words": {name: data["systems"]["bm25"] for name, data in plain["datasets"].items()},
+        "quickstart": report,
+        "recipe": read_json(quickstart / "model" / "recipe.json"),
+        "machine": heldout["machine"],
+        "versions": heldout["versions"],
+    }
+
+
+def table(datasets: dict[str, Any], measure: str) -> list[str]:
+    """Rows of systems x data sets for one measure."""
+    systems = list(dict.fromkeys(name for data in datasets.values() for name in data["systems"]))
+    lines = [f"| {measure} | " + " | ".join(datasets) + " |", "| --- |" + " ---: |" * len(datasets)]
+    for system in systems:
+        cells = [f"{data['systems'][system][measure]:.3f}" for data in datasets.values()]
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def comparisons(data: dict[str, Any], measure: str = "nDCG@10") -> list[str]:
+    """Rows of paired differences for one data set."""
+    lines = ["| system | against | difference | 95% interval | p |", "| --- | --- | ---: | --- | ---: |"]
+    for row in data["comparisons"]:
+        if row["measure"] == measure:
+            interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
+            p = "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
+            lines.append(f"| {row['system']} | {row['other']} | {row['difference']:+.3f} | {interval} | {p} |")
+    return lines
+
+
+def page(content: dict[str, Any]) -> str:
+    """docs/results.md."""
+    report = content["quickstart"]
+    heldout, names = content["heldout"], content["names"]
+    total = sum(report["seconds"].values())
+    ratio = heldout["systems"]["LENS"]["nDCG@10"] / heldout["systems"]["dense"]["nDCG@10"]
+    lines = [
+        "# Results",
+        "",
+        "Written by `benchmarks/retrieval.py` from `benchmarks/results/retrieval.json`; do not edit.",
+        "",
+        f"Machine: {', '.join(f'{k} {v}' for k, v in content['machine'].items())}. "
+        f"Versions: {', '.join(f'{k} {v}' for k, v in content['versions'].items())}.",
+        "",
+        "## The quick start: LENS-mini on Python's documentation",
+        "",
+        f"{heldout['queries']:,} held-out queries (summaries of modules that training never saw) over "
+        f"{heldout['documents']:,} passages. LENS reaches {ratio:.1%} of the dense backbone's nDCG@10.",
+        "",
+        *table({"held-out summaries": heldout, "held-out names": names}, "nDCG@10"),
+        "",
+        *table({"held-out summaries": heldout, "held-out names": names}, "R@100"),
+        "",
+        "Paired differences of nDCG@10 on the held-out summaries (randomisation test, bootstrap interval):",
+        "",
+        *comparisons(heldout),
+        "",
+        f"The whole run took {total / 60:.1f} minutes and {report['peak_rss_mb']:,.0f} MB of memory at most:",
+        "",
+        "| step | seconds |",
+        "| --- | ---: |",
+        *(f"| {name} | {seconds:.0f} |" for name, seconds in report["seconds"].items()),
+        "",
+        "## The same model elsewhere",
+        "",
+        "Nothing of these sets was seen in training: the model knows only Python's documentation.",
+        "",
+    ]
+    for measure in SHOWN:
+        lines += [*table(content["others"], measure), ""]
+    lines += ["Paired differences of nDCG@10:", ""]
+    for name, data in content["others"].items():
+        lines += [
+            f"**{name}** ({data['queries']:,} queries, {data['documents']:,} documents)",
+            "",
+            *comparisons(data),
+            "",
+        ]
+    lines += [
+        "## BM25's settings",
+        "",
+        "Stems make the stronger baseline, so they are the default of `eval/run.py`; nDCG@10:",
+        "",
+        "| | " + " | ".join(content["others"]) + " |",
+        "| --- |" + " ---: |" * len(content["others"]),
+        "| stems | " + " | ".join(f"{d['systems']['bm25']['nDCG@10']:.3f}" for d in content["others"].values()) + " |",
+        "| plain words | " + " | ".join(f"{d['nDCG@10']:.3f}" for d in content["bm25_plain_words"].values()) + " |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quickstart", type=Path, help="finished output folder of scripts/quickstart.sh")
+    parser.add_argument("--beir", type=Path, nargs="+", help="further folders in BEIR layout, with a test split")
+    parser.add_argument("--page", action="store_true", help="write docs/results.md from the stored figures, no more")
+    options = parser.parse_args()
+    if not options.page:
+        if not options.quickstart or not options.beir:
+            parser.error("give --quickstart and --beir, or --page")
+        write_json(RESULTS, collect(options.quickstart.resolve(), [folder.resolve() for folder in options.beir]))
+    content = json.loads(RESULTS.read_text(encoding="utf-8"))
+    with atomic_file(PAGE, overwrite=True) as temporary:
+        temporary.write_text(page(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

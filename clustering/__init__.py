@@ -1,0 +1,1 @@
+"""Vocabulary clustering: the rows of a language model's head become K clusters of tokens."""
