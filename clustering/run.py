@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this folder is on the path
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where other work runs, threads that spin took 3.5 times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning are slow on busy cores
 
 import numpy as np
 import torch

@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 
 Architecture = Literal["decoder", "encoder"]
 Head = Literal["clusters", "vocabulary"]
-Transform = Literal["none", "mlm", "residual"]
+Transform = Literal["none", "mlm", "residual", "context"]
 Pooling = Literal["max", "sum", "last"]
 Positions = Literal["shifted", "content", "all"]
 Prompt = Literal["lens", "plain"]
@@ -40,7 +40,8 @@ class LensConfig:
     """Whether the head adds a bias (K,) to the logits, as MLM decoders do."""
     transform: Transform = "none"
     """Layer between hidden states and head: `mlm` = dense, GELU, LayerNorm as in BERT's MLM head;
-    `residual` = x + dense(GELU(dense(LayerNorm(x)))), which starts as the identity."""
+    `residual` = x + dense(GELU(dense(LayerNorm(x)))), which starts as the identity; `context` = x + gate * (mean of
+    the text's pooled x), for backbones that were trained to hold a text's meaning in that mean."""
     pooling: Pooling = "max"
     """How the positions of a text become one vector; `last` takes the text's final position."""
     positions: Positions = "shifted"

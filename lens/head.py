@@ -180,15 +180,22 @@ class _MaxLogits(torch.autograd.Function):
         return d_rows, d_weight, d_bias, None
 
 
+class NoTransform(nn.Module):
+    """Hidden states as they are. Every transform takes packed states (T, D) and the texts' offsets (B+1,)."""
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return hidden
+
+
 class MlmTransform(nn.Module):
-    """BERT's MLM transform, LayerNorm(act(dense(x))), (..., D) -> (..., D)."""
+    """BERT's MLM transform, LayerNorm(GELU(dense(x))), (T, D) -> (T, D)."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-12) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         normed: Tensor = self.norm(F.gelu(self.dense(hidden)))
         return normed
 
@@ -204,9 +211,28 @@ class ResidualTransform(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         changed: Tensor = hidden + self.up(F.gelu(self.down(self.norm(hidden))))
         return changed
+
+
+class ContextTransform(nn.Module):
+    """x + gate * mean of the text's x, (T, D) -> (T, D).
+
+    Sentence encoders are trained so that the mean over a text's positions carries its meaning, which no single
+    position does; with it each position's logits tell what the text is about, and the position adds its own word.
+    """
+
+    def __init__(self, hidden_size: int, gate: float = 10.0) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.full((hidden_size,), gate))
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        lengths = cu_seqlens.diff()  # (B,)
+        owner = torch.repeat_interleave(lengths)  # (T,)
+        sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, owner, hidden)
+        means = sums / lengths.clamp(min=1)[:, None]  # (B, D)
+        return hidden + self.gate * means[owner]
 
 
 class LexicalHead(nn.Module):
@@ -224,22 +250,24 @@ class LexicalHead(nn.Module):
         self.backend: Backend = "auto"
         self.weight = nn.Parameter(torch.empty(config.dimensions, config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.dimensions)) if config.bias else None
-        self.transform: nn.Module = nn.Identity()
+        self.transform: nn.Module = NoTransform()
         if config.transform == "mlm":
             self.transform = MlmTransform(config.hidden_size)
         elif config.transform == "residual":
             self.transform = ResidualTransform(config.hidden_size)
+        elif config.transform == "context":
+            self.transform = ContextTransform(config.hidden_size)
         self.register_buffer("labels", labels.to(torch.int32), persistent=False)
         nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """hidden (B, L, D) with mask (B, L), or (T, D) with cu_seqlens (B+1,) -> embeddings (B, K) float32."""
-        if mask is not None:
+        if cu_seqlens is None:  # the transform, too, sees pooled positions only
+            mask = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
             mask = mask.bool()
-            counts = mask.sum(1)
-            hidden, mask = hidden[mask], None  # the transform, too, sees pooled positions only
-            cu_seqlens = F.pad(counts.cumsum(0), (1, 0))
+            hidden, cu_seqlens = hidden[mask], F.pad(mask.sum(1).cumsum(0), (1, 0))
+        states = self.transform(hidden, cu_seqlens)
         pooled = lexical_pool(
-            self.transform(hidden), self.weight, self.bias, mask, cu_seqlens, self.pooling, self.backend
+            states, self.weight, self.bias, cu_seqlens=cu_seqlens, pooling=self.pooling, backend=self.backend
         )
         return F.normalize(pooled, dim=-1) if self.normalize else pooled

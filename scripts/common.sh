@@ -20,6 +20,7 @@ CPU_INDEX=https://download.pytorch.org/whl/cpu
 LOCK_HELD=""
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUTF8=1
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads leave the core to whoever has work
 
 say() { if [[ -t 1 ]]; then printf '\033[1m==> %s\033[0m\n' "$*"; else printf '==> %s\n' "$*"; fi; }
 

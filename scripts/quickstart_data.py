@@ -9,8 +9,8 @@ whole corpus, queries, qrels/test.tsv and more), `data.json` the counts.
 The standard library. Every docstring of the running Python's standard library is parsed from source, nothing is
 imported. Left out: tests, `turtledemo`, `lib2to3` (which newer versions lack), site-packages. A docstring counts when
 it has a summary (its first paragraph, 3 to 40 words) and a body (the rest, at least 8 words). The passage is the body
-alone, so no query is contained in its passage. Training queries are the summary and the qualified name split into
-words; held-out queries are summaries (qrels/dev.tsv, qrels/test.tsv) and, as a set of its own, the names of the test
+alone, so no held-out query is contained in its passage. Training queries are the summary and the qualified name split into
+words, and up to three sentences of the body; held-out queries are summaries (qrels/dev.tsv, qrels/test.tsv) and, as a set of its own, the names of the test
 modules (qrels/names.tsv). Bodies that are the same, or nearly so (word 3-grams with a Jaccard index of at least 0.8:
 inherited docstrings), are one passage with several queries. Modules are divided by a hash of the top-level name,
 `_pyio` going with `io`: about 70% train, 10% dev, 20% test; the default seed is the one of 0 to 19 whose parts come
@@ -147,6 +147,13 @@ def family_of(module: str) -> str:
     return private[1] if private else top
 
 
+def sentences(body: str, seed: int, count: int = 3) -> list[str]:
+    """Up to `count` sentences of 5 to 40 words of a body, chosen by hash: further training queries for it."""
+    found = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", body)]
+    found = [text for text in found if 5 <= len(text.split()) <= 40]
+    return sorted(found, key=lambda text: fraction(seed, text))[:count]
+
+
 def split_docstring(text: str) -> tuple[str, str] | None:
     """Summary (one line) and body of a cleaned docstring, or None when either is missing or too short or long."""
     summary, _, body = text.strip().partition("\n\n")
@@ -251,7 +258,9 @@ def standard_library(root: Path, seed: int) -> tuple[Folder, Folder, dict[str, A
     asked = {wording(text) for text in heldout.queries.values()}
     for item, split, passage in usable:
         if split == "train":
-            for id_, text in ((item.id, item.summary), (f"{item.id}#name", item.name)):
+            asking = [(item.id, item.summary), (f"{item.id}#name", item.name)]
+            asking += [(f"{item.id}#{number}", text) for number, text in enumerate(sentences(item.body, seed), 1)]
+            for id_, text in asking:
                 if wording(text) not in asked:
                     train.add_query("train", id_, text, passage)
     families = {item.family: split for item, split in zip(found, splits, strict=True)}

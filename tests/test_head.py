@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lens.config import LensConfig
-from lens.head import LexicalHead, _column_chunks, lexical_pool
+from lens.head import ContextTransform, LexicalHead, _column_chunks, lexical_pool
 
 
 def naive(hidden, weight, bias, lengths, pooling):
@@ -165,6 +165,20 @@ def test_misfits_are_named(change, message):
     arguments = {"hidden": torch.zeros(2, 3, 4), "weight": torch.zeros(5, 4), **change}
     with pytest.raises(ValueError, match=message):
         lexical_pool(**arguments)
+
+
+def test_context_transform_adds_each_texts_own_mean():
+    transform = ContextTransform(3, gate=2.0)
+    hidden = torch.tensor([[1.0, 0, 0], [3.0, 0, 2.0], [0, 5.0, 0]])
+    out = transform(hidden, torch.tensor([0, 2, 2, 3]))
+    expected = torch.tensor([[5.0, 0, 2.0], [7.0, 0, 4.0], [0, 15.0, 0]])
+    torch.testing.assert_close(out, expected)
+    torch.manual_seed(0)
+    config = {"base": "x", "architecture": "encoder", "positions": "content", "dimensions": 6, "hidden_size": 3}
+    head = LexicalHead(LensConfig(**config, transform="context"), torch.arange(6))
+    rows, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    alone = torch.cat([head(rows[:1, :3]), head(rows[1:, 2:])])
+    torch.testing.assert_close(head(rows, mask), alone)  # neither padding nor the neighbour is mixed in
 
 
 def test_residual_transform_starts_as_the_identity():

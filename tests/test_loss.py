@@ -64,6 +64,28 @@ def test_teacher_embeddings_score_every_passage(in_batch):
     assert float(loss.total) == pytest.approx(float(loss.contrastive) + 0.3 * kd / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_passage_that_is_also_ones_own_positive_is_no_negative(taught):
+    torch.manual_seed(3)
+    queries, passages = torch.randn(3, 8), torch.randn(6, 8)
+    vectors = (torch.randn(3, 4), torch.randn(6, 4)) if taught else None
+    positives = torch.tensor([[10, -1], [12, 14], [14, -1]])
+    names = torch.tensor([10, 11, 12, 13, 14, 10])  # the last one repeats query 0's positive; 14 is query 1's other
+    loss = contrastive_loss(queries, passages, None, 0.7, 0.3, 0.9, True, vectors, (positives, names))
+    allowed = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
+    contrastive = kd = 0.0
+    for i, pool in enumerate(allowed):
+        student = {j: math.exp(float(queries[i] @ passages[j]) / 0.7) for j in pool}
+        contrastive -= math.log(student[2 * i] / sum(student.values())) / 3
+        if taught:
+            teacher = {j: math.exp(float(vectors[0][i] @ vectors[1][j]) / 0.9) for j in pool}
+            for j in pool:
+                t = teacher[j] / sum(teacher.values())
+                kd += t * math.log(t / (student[j] / sum(student.values()))) / 3
+    assert float(loss.contrastive) == pytest.approx(contrastive, rel=1e-4)
+    assert float(loss.kd) == pytest.approx(kd, rel=1e-4)
+
+
 def test_weight_zero_and_single_passages_switch_distillation_off():
     queries, passages = torch.randn(4, 8), torch.randn(4, 8)
     assert float(contrastive_loss(queries, passages, torch.ones(4, 1), 1, 1, 1, True).kd) == 0

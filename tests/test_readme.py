@@ -103,6 +103,6 @@ def test_every_file_is_named_once_in_the_architecture() -> None:
         str(path.relative_to(ROOT))
         for folder in folders
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".sh", ".yaml") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".sh", ".yaml", ".html") and "__pycache__" not in path.parts
     ]
     assert sorted(named) == sorted(present)

@@ -32,8 +32,8 @@ class Recipe:
     revision: str | None = None
     """Commit of the backbone on the hub."""
 
-    transform: Transform = "none"
-    """Layer between hidden states and head, see LensConfig."""
+    transform: Transform | None = None
+    """Layer between hidden states and head, see LensConfig; None: the MLM head's own where it has one, else none."""
     pooling: Pooling = "max"
     """How positions become one vector, see LensConfig."""
     positions: Positions | None = None
@@ -92,7 +92,7 @@ class Recipe:
     learning_rate: float = 1e-4
     """Peak learning rate (AdamW)."""
     head_learning_rate: float | None = None
-    """Peak learning rate of centroids, bias and transform; None: learning_rate."""
+    """Peak learning rate of centroids and bias; None: learning_rate."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     warmup_steps: int = 100
@@ -154,7 +154,7 @@ class Recipe:
         if not self.data:
             raise ValueError("data must name at least one file")
         if self.backbone == "frozen":
-            if not self.train_head and self.transform == "none":
+            if not self.train_head and self.transform in (None, "none"):
                 raise ValueError(
                     "nothing is trained: backbone=frozen contradicts train_head=false with transform=none; "
                     "set train_head: true or transform: residual"

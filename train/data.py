@@ -144,6 +144,13 @@ class TeacherEmbeddings:
         return self.embeddings[[self.rows[text_key(text)] for text in texts]].float()
 
 
+def _keys(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """Numbers of each query's positives (Q, M), padded with -1, and of the passages (Q*P,)."""
+    positives = [torch.tensor([text_key(text) for text in group.example.pos]) for group in groups]
+    padded = torch.nn.utils.rnn.pad_sequence(positives, batch_first=True, padding_value=-1)
+    return padded, torch.tensor([text_key(passage) for group in groups for passage in group.passages])
+
+
 def text_key(text: str) -> int:
     """A 63-bit hash of a text, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
@@ -203,6 +210,7 @@ class Batches(Dataset[dict[str, Any]]):
                 self.teacher([passage for group in groups for passage in group.passages]),
             )
         return {
+            "keys": _keys(groups),
             "teacher_vectors": vectors,  # ((Q, E), (Q*P, E)) or None
             "queries": self._inputs([(group.example.query, "query", group.example.prompt) for group in groups]),
             "passages": self._inputs(

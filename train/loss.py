@@ -11,11 +11,11 @@ is the gradient of the loss of the whole batch, whatever the number of ranks, an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 # Legend: Q queries of this rank, P passages per query, W ranks, K clusters.
@@ -32,11 +32,28 @@ class Loss:
     """Share of queries whose positive scores above all other passages."""
 
 
-def gather(embeddings: Tensor) -> Tensor:
-    """(n, K) of every rank -> (W*n, K) in rank order, with gradients; the input itself on one rank."""
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in rank order; the backward pass sums all ranks' gradients of the rows that were this one's."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        ctx.count = len(rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() * ctx.count :][: ctx.count]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(n, ...) of every rank -> (W*n, ...) in rank order, with gradients; the input itself on one rank."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return embeddings
-    gathered: Tensor = torch.cat(tuple(all_gather(embeddings.contiguous())))  # type: ignore[no-untyped-call]
+        return rows
+    gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
     return gathered
 
 
@@ -49,12 +66,15 @@ def contrastive_loss(
     kd_temperature: float,
     in_batch: bool,
     teacher_vectors: tuple[Tensor, Tensor] | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
 ) -> Loss:
     """Loss of this rank's queries (Q, K) against passages (Q*P, K), each query's own P in a row, positive first.
 
     `teacher` (Q, P) or None switches distillation; `teacher_vectors`, a bi-encoder's embeddings of the queries (Q, E)
     and passages (Q*P, E), takes its place and scores every passage. `in_batch` adds the passages of all other queries,
-    of all ranks, as negatives. Raises ValueError when the numbers do not fit.
+    of all ranks, as negatives. `keys` names texts by numbers, each query's positives (Q, M) padded with -1 and the
+    passages (Q*P,): another query's passage that is one of this query's positives is then no negative.
+    Raises ValueError when the numbers do not fit.
     """
     count = len(queries)
     if count == 0 or len(passages) % count:
@@ -66,6 +86,11 @@ def contrastive_loss(
         scores = queries @ every.T / temperature  # (Q, W*Q*P)
         rank = dist.get_rank() if len(every) != len(passages) else 0
         target = (rank * count + torch.arange(count, device=queries.device)) * group
+        if keys is not None:
+            positives, names = keys
+            known_positive = (gather(names)[None, :, None] == positives[:, None, :]).any(2)  # (Q, W*Q*P)
+            known_positive[torch.arange(count, device=queries.device), target] = False
+            scores = scores.masked_fill(known_positive, -torch.inf)
     else:
         scores = own
         target = torch.zeros(count, dtype=torch.long, device=queries.device)
@@ -75,10 +100,12 @@ def contrastive_loss(
         wanted, known = teacher_vectors
         if in_batch:
             known = gather(known)
-            marks = wanted @ known.T  # (Q, W*Q*P)
+            marks = (wanted @ known.T).masked_fill(scores.isinf(), -torch.inf)  # (Q, W*Q*P)
         else:
             marks = torch.einsum("qe,qpe->qp", wanted, known.view(count, group, -1))  # (Q, P)
-        kd = F.kl_div(scores.log_softmax(1), (marks / kd_temperature).softmax(1), reduction="batchmean")
+        # A masked column has probability 0 on both sides and adds nothing; 0 * -inf would be NaN.
+        student = scores.log_softmax(1).masked_fill(scores.isinf(), 0.0)
+        kd = F.kl_div(student, (marks / kd_temperature).softmax(1), reduction="batchmean")
     elif teacher is not None and kd_weight > 0 and group > 1:
         if teacher.shape != own.shape:
             raise ValueError(f"teacher scores {tuple(teacher.shape)} do not fit {tuple(own.shape)} queries x passages")

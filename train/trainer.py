@@ -88,6 +88,7 @@ class LensTrainer(Trainer):
             recipe.kd_temperature,
             inputs["in_batch"],
             inputs["teacher_vectors"],
+            inputs["keys"],
         )
         self._count(loss, queries.detach(), passages.detach())
         return (loss.total, {"queries": queries, "passages": passages}) if return_outputs else loss.total
@@ -124,11 +125,10 @@ class LensTrainer(Trainer):
             head_rate = recipe.learning_rate if recipe.head_learning_rate is None else recipe.head_learning_rate
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             groups = []
+            rows = ("model.head.weight", "model.head.bias")
             for in_head, rate in ((False, recipe.learning_rate), (True, head_rate)):
                 for decays in (True, False):
-                    parameters = [
-                        p for n, p in named if n.startswith("model.head.") == in_head and (p.dim() > 1) == decays
-                    ]
+                    parameters = [p for n, p in named if (n in rows) == in_head and (p.dim() > 1) == decays]
                     if parameters:
                         decay = recipe.weight_decay if decays else 0.0
                         groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
