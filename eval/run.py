@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 
 import lens
@@ -68,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folders with corpus.jsonl(.gz), queries.jsonl(.gz), qrels/",
     )
+    add("--skip-unknown", action="store_true", help="leave out judgements of unknown queries and documents")
     add("--split", help="judgements qrels/SPLIT.tsv; unset: test, else dev, else the first there is")
     add("--baselines", nargs="*", choices=BASELINES, default=[], help="systems to compare with")
     add(
@@ -120,7 +123,7 @@ def load(args: argparse.Namespace) -> Loaded:
     if "bm25" in args.baselines:
         BM25(["check"], args.bm25_stopwords, args.bm25_stemmer)
     folders = model_folders(args.model)
-    datasets, notes = read_datasets(args.beir, args.split)
+    datasets, notes = read_datasets(args.beir, args.split, args.skip_unknown)
     if args.save_runs:
         for beir in datasets:
             spaced = next((name for name in [*beir.corpus, *beir.queries] if re.search(r"\s", name)), None)
@@ -174,7 +177,9 @@ def on_hub(name: str) -> bool:
     return True
 
 
-def read_datasets(paths: Sequence[str], split: str | None) -> tuple[list[Beir], dict[str, list[str]]]:
+def read_datasets(
+    paths: Sequence[str], split: str | None, skip_unknown: bool = False
+) -> tuple[list[Beir], dict[str, list[str]]]:
     """Reads the BEIR folders, and the warnings that each gave; raises ValueError for two of the same name."""
     datasets: list[Beir] = []
     notes: dict[str, list[str]] = {}
@@ -184,7 +189,7 @@ def read_datasets(paths: Sequence[str], split: str | None) -> tuple[list[Beir], 
             raise ValueError(f"two --beir folders are named {folder.name!r}: rename one, results are kept by name")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            beir = read_beir(folder, split)
+            beir = read_beir(folder, split, skip_unknown)
         if not judged_queries(beir):
             raise ValueError(f"{folder}: no query has a relevant document (a judgement of at least 1)")
         datasets.append(beir)

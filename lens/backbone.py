@@ -30,14 +30,14 @@ from lens.config import Architecture
 
 
 def check_base(base: str | os.PathLike[str]) -> str:
-    """Returns `base` as a string; raises FileNotFoundError when it looks like a folder and is none."""
+    """Returns a hub id as it is, a folder absolute; raises FileNotFoundError for a folder that is not there."""
     base = os.fspath(base)
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1 or (os.sep != "/" and os.sep in base)
     path = Path(base).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no config.json: it is no Hugging Face model folder")
-        return str(path)
+        return str(path.resolve())
     if looks_local or path.exists():
         raise FileNotFoundError(f"backbone folder {path} does not exist")
     return base
@@ -142,11 +142,15 @@ def read_vocabulary_head(
     own = {name: module for name, module in wrapper.named_modules() if module not in inside and module is not output}
     dense = {n: m for n, m in own.items() if isinstance(m, nn.Linear)}
     norms = {n: m for n, m in own.items() if isinstance(m, nn.LayerNorm)}
+    bias_missing = any(key.endswith("bias") for key in missing)
     if not dense or any(key.startswith(tuple(dense)) for key in missing):
+        if output.bias is not None and not bias_missing:
+            return {**state, "bias": output.bias.detach()}, {**facts, "bias": True}
         return state, facts
     kind = wrapper.config.model_type  # type: ignore[union-attr]
     linear, norm = next(iter(dense.values())), next(iter(norms.values()), None)
-    if len(dense) != 1 or len(norms) != 1 or norm is None or norm.eps != 1e-12:
+    activation = getattr(wrapper.config, "hidden_act", getattr(wrapper.config, "activation", "gelu"))
+    if len(dense) != 1 or len(norms) != 1 or norm is None or norm.eps != 1e-12 or activation != "gelu":
         raise ValueError(f"the MLM head of {kind} is not of BERT's form; supported: bert, distilbert, decoders")
     if facts.get("transform", "mlm") != "mlm":
         raise ValueError(f"transform={facts['transform']!r} contradicts the MLM head of {kind}, whose form is 'mlm'")
@@ -237,8 +241,15 @@ def resize_vocabulary(backbone: nn.Module, size: int) -> None:
             weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
 
 
-def default_device() -> torch.device:
-    """cuda, else mps, else cpu."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, or the first there is of cuda, mps, cpu; raises ValueError for one that is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return torch.device(next(name for name in present if present[name]))
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cuda, mps or cpu, found {device!r}") from error
+    if not present.get(found.type, False):
+        raise ValueError(f"device {device!r} was asked for but torch sees none: use device='cpu' or None")
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from lens.files import atomic_file, check_output
@@ -89,6 +88,8 @@ def _encode(options: argparse.Namespace) -> None:
     from lens.corpus import read_texts
     from lens.vectors import embeddings_ending, save_embeddings
 
+    if options.instruction and options.kind != "query":
+        raise ValueError("--instruction goes with --kind query: documents carry none")
     embeddings_ending(options.output)
     check_output(options.output, options.overwrite)
     ids, texts = read_texts(options.input)
@@ -108,6 +109,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _search(options: argparse.Namespace) -> None:
     from lens.corpus import read_texts
+    from lens.explain import explain
     from lens.search import search
     from lens.vectors import load_embeddings
 
@@ -127,7 +129,8 @@ def _search(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.embeddings} was made from another corpus than {options.corpus}: its ids differ")
     model = _load(options)
     documents = stored[0] if stored is not None else model.encode_documents(texts, output="csr")
-    indices, scores = search(model.encode_queries(queries, options.instruction, output="csr"), documents, options.k)
+    asked = model.encode_queries(queries, options.instruction, output="csr")
+    indices, scores = search(asked, documents, options.k)
     if options.output:
         with atomic_file(options.output, options.overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
             for name, found, values in zip(names, indices, scores, strict=True):
@@ -135,30 +138,26 @@ def _search(options: argparse.Namespace) -> None:
                     file.write(f"{name} Q0 {ids[index]} {rank} {score:.6f} lens\n")
         print(f"{len(names):,} queries x {indices.shape[1]} documents in {options.output}")
         return
-    for name, query, found, values in zip(names, queries, indices, scores, strict=True):
+    for row, (name, query, found, values) in enumerate(zip(names, queries, indices, scores, strict=True)):
         if not options.json:
             print(f"\n{query}")
         for rank, (index, score) in enumerate(zip(found, values, strict=True), 1):
             if options.json:
-                row = {"query": name, "rank": rank, "document": ids[index], "score": round(float(score), 6)}
-                print(json.dumps(row, ensure_ascii=False))
+                hit = {"query": name, "rank": rank, "document": ids[index], "score": round(float(score), 6)}
+                print(json.dumps(hit, ensure_ascii=False))
                 continue
             print(f"{rank:3d}  {score:.4f}  {ids[index]}  {' '.join(texts[index].split())[:90]}")
             if options.explain:
-                explanation = model.explain(query, texts[index], options.explain, options.instruction)
-                for match in explanation.matches:
+                vectors = asked[row].toarray()[0], documents[index].toarray()[0]
+                seen = model.token_ids(query, texts[index])
+                for match in explain(*vectors, model.tokens, options.explain, seen).matches:
                     print(f"     {match.share:7.1%}  {', '.join(match.tokens[:6])}")
 
 
 def _explain(options: argparse.Namespace) -> None:
     if options.k < 1:
         raise ValueError(f"k must be at least 1, found {options.k}")
-    print(_load(options).explain(_text(options.query), _text(options.document), options.k, options.instruction))
-
-
-def _text(value: str) -> str:
-    """The argument itself, or with a leading @ the content of that file."""
-    return Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+    print(_load(options).explain(options.query, options.document, options.k, options.instruction))
 
 
 if __name__ == "__main__":

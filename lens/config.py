@@ -63,6 +63,9 @@ class LensConfig:
             value = getattr(self, field)
             if value not in get_args(kind):
                 raise ValueError(f"{field} must be one of {', '.join(get_args(kind))}; found {value!r}")
+        for field in ("bidirectional", "bias", "normalize"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false; found {getattr(self, field)!r}")
         if not isinstance(self.base, str) or not self.base:
             raise ValueError(f"base must name a backbone (a folder or a hub id); found {self.base!r}")
         for field in ("query_max_length", "document_max_length"):

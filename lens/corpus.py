@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +67,20 @@ def read_texts(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
     return list(texts), list(texts.values())
 
 
-def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
-    """Reads qrels/SPLIT.tsv; raises ValueError "FILE:LINE: ..." for a row without three columns or integer score."""
+def read_qrels(
+    path: str | os.PathLike[str],
+    queries: Container[str] | None = None,
+    corpus: Container[str] | None = None,
+    skip_unknown: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Reads qrels/SPLIT.tsv; with `queries` and `corpus`, ids that are not in them are an error, or are skipped with
+    a warning that counts them.
+
+    Raises ValueError "FILE:LINE: ..." for a row without three columns or an integer score, for one that contradicts
+    an earlier one, and for an unknown id.
+    """
     qrels: dict[str, dict[str, int]] = {}
+    skipped: list[str] = []
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -82,16 +94,34 @@ def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
             raise ValueError(
                 f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>integer score, found {line[:80]!r}"
             ) from error
-        if qrels.setdefault(query, {}).setdefault(document, value) != value:
+        unknown = [
+            f"{kind} {name!r}"
+            for kind, name, known in (("query", query, queries), ("document", document, corpus))
+            if known is not None and name not in known
+        ]
+        if unknown and not skip_unknown:
+            raise ValueError(
+                f"{path}:{number}: unknown {' and '.join(unknown)}: complete the folder, or leave such judgements out "
+                "with skip_unknown (--skip-unknown)"
+            )
+        if unknown:
+            skipped += unknown
+        elif qrels.setdefault(query, {}).setdefault(document, value) != value:
             raise ValueError(f"{path}:{number}: query {query!r} judges document {document!r} twice, differently")
+    if skipped:
+        warnings.warn(
+            f"{path} names {len(skipped)} unknown queries or documents (first: {skipped[0]}); their judgements are "
+            "left out",
+            stacklevel=3,
+        )
     return qrels
 
 
-def read_beir(folder: str | os.PathLike[str], split: str | None = None) -> Beir:
+def read_beir(folder: str | os.PathLike[str], split: str | None = None, skip_unknown: bool = False) -> Beir:
     """Reads a BEIR folder with the judgements of one split (default: test, else dev, else the only one).
 
-    Queries without a judgement are dropped. Judgements that name unknown queries or documents are dropped with a
-    warning that counts them; when none is left, or a file is missing or malformed, an error names it.
+    Queries without a judgement are dropped. Raises FileNotFoundError for what is missing, and ValueError
+    "FILE:LINE: ..." for what is malformed or, unless `skip_unknown`, judges unknown ids.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -105,22 +135,7 @@ def read_beir(folder: str | os.PathLike[str], split: str | None = None) -> Beir:
         raise FileNotFoundError(f"{folder}/qrels has no {split}.tsv; found {', '.join(splits)}")
     corpus = dict(zip(*read_texts(folder), strict=True))
     queries = dict(zip(*read_texts(find_file(folder, "queries")), strict=True))
-    qrels: dict[str, dict[str, int]] = {}
-    unknown: list[str] = []
-    for query, judged in read_qrels(folder / "qrels" / f"{split}.tsv").items():
-        if query not in queries:
-            unknown.append(query)
-            continue
-        known = {document: score for document, score in judged.items() if document in corpus}
-        unknown.extend(document for document in judged if document not in corpus)
-        if known:
-            qrels[query] = known
-    if unknown:
-        warnings.warn(
-            f"{folder}/qrels/{split}.tsv names {len(unknown)} unknown queries or documents "
-            f"(first: {unknown[0]!r}); their judgements are left out",
-            stacklevel=2,
-        )
+    qrels = read_qrels(folder / "qrels" / f"{split}.tsv", queries, corpus, skip_unknown)
     if not qrels:
         raise ValueError(f"{folder}/qrels/{split}.tsv: no judgement names a known query and a known document")
-    return Beir(folder.name, corpus, {query: queries[query] for query in qrels}, qrels)
+    return Beir(Path(os.path.abspath(folder)).name, corpus, {query: queries[query] for query in qrels}, qrels)

@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lens.backbone import default_device
+from lens.backbone import position_limit, resolve_device
 
 
 class Dense:
     """The backbone as it comes, without LENS: mean of the last hidden states over the attention mask, L2-normalised.
 
-    `max_length` is in tokens, special tokens included; `batch_tokens` bounds the padded tokens of one batch.
-    Raises OSError when the model or its tokenizer cannot be found, ValueError for a device that is not there.
+    `max_length` is in tokens, special tokens included, and at most what the backbone allows; `batch_tokens` bounds
+    the padded tokens of one batch. Raises OSError when the model or its tokenizer cannot be found, ValueError for a
+    device that is not there.
     """
 
     def __init__(
@@ -36,13 +37,10 @@ class Dense:
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        try:
-            self._device = torch.empty(0, device=device or default_device()).device
-        except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {error}") from error
+        self._device = resolve_device(device)
         model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype or "float32"))
         self._model = model.to(self._device).eval()
-        self._max_length = max_length
+        self._max_length = min(max_length, position_limit(self._model) or max_length)
         self._batch_tokens = batch_tokens or (4096 if self._device.type == "cpu" else 32768)
         self.dimensions: int = self._model.config.hidden_size
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lens.backbone import default_device
+from lens.backbone import resolve_device
 from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, load_model
 from lens.text import Kind, TextProcessor, check_texts
@@ -39,13 +39,6 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return found
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    found = default_device() if device is None else torch.device(device)
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for but torch sees no CUDA GPU: use device='cpu' or None")
-    return found
-
-
 class LENS:
     """A model with its tokenizer on a device.
 
@@ -53,7 +46,7 @@ class LENS:
     """
 
     def __init__(self, model: LensModel, tokenizer: Any, device: str | torch.device | None = None) -> None:
-        self.device = _device(device)
+        self.device = resolve_device(device)
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
         self.text = TextProcessor(tokenizer, model.config)
@@ -74,7 +67,7 @@ class LENS:
 
         `config` takes fields of LensConfig. Raises FileNotFoundError, or ValueError naming the field or the file.
         """
-        where = _device(device)
+        where = resolve_device(device)
         model, tokenizer = build_model(
             os.fspath(backbone), clusters, _dtype(dtype, where), attn_implementation, **config
         )
@@ -170,22 +163,19 @@ class LENS:
     def terms(self, embedding: Any, k: int = 10) -> list[tuple[int, list[str], float]]:
         """The k heaviest clusters of one embedding (K,) or of one text, as (cluster, tokens, weight)."""
         if isinstance(embedding, str):
-            seen = frozenset(self.text([embedding])[0].ids)
+            seen = self.token_ids(embedding)
             return terms(self._vector(embedding, "document", None), self.tokens, k, seen)
         return terms(self._vector(embedding, "document", None), self.tokens, k)
 
     def explain(self, query: Any, document: Any, k: int | None = 10, instruction: str | None = None) -> Explanation:
         """Which clusters matched between a query and a document (texts, or embeddings (K,)) and each one's share."""
-        seen = frozenset(
-            token
-            for text in (query, document)
-            if isinstance(text, str)
-            for item in self.text([text])
-            for token in item.ids
-        )
-        return explain(
-            self._vector(query, "query", instruction), self._vector(document, "document", None), self.tokens, k, seen
-        )
+        vectors = self._vector(query, "query", instruction), self._vector(document, "document", None)
+        return explain(*vectors, self.tokens, k, self.token_ids(query, document))
+
+    def token_ids(self, *texts: Any) -> frozenset[int]:
+        """Ids of all tokens in those of `texts` that are strings; explanations name these tokens first."""
+        words = [text for text in texts if isinstance(text, str)]
+        return frozenset(token for item in self.text(words) for token in item.ids)
 
     def _vector(self, value: Any, kind: Kind, instruction: str | None) -> Array:
         if isinstance(value, str):
@@ -222,7 +212,7 @@ def load(
     `dtype` is bfloat16 on GPUs that have it and float32 elsewhere; `base` is the backbone's place where it has moved.
     Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
-    where = _device(device)
+    where = resolve_device(device)
     model, tokenizer = load_model(path_or_id, _dtype(dtype, where), base, revision, attn_implementation)
     return LENS(model, tokenizer, where)
 

@@ -80,6 +80,8 @@ def explain(
 
     `seen` holds token ids of the two texts, which are named first in their clusters.
     """
+    if k is not None and k < 1:
+        raise ValueError(f"k must be at least 1 or None, found {k}")
     products = query.astype(np.float64) * document.astype(np.float64)
     order = np.argsort(-products, kind="stable")
     order = order[: np.count_nonzero(products > 0)]
@@ -97,5 +99,7 @@ def terms(
     embedding: NDArray[np.float32], tokens: ClusterTokens, k: int = 10, seen: frozenset[int] = frozenset()
 ) -> list[tuple[int, list[str], float]]:
     """The k largest values of an embedding (K,) as (cluster, tokens, weight), as in Table 3 of arXiv 2501.09749."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, found {k}")
     order = np.argsort(-embedding, kind="stable")[:k]
     return [(int(c), tokens(int(c), seen), float(embedding[c])) for c in order if embedding[c] > 0]

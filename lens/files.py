@@ -22,16 +22,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+def check_output(path: str | os.PathLike[str], overwrite: bool = False, marker: str | None = None) -> Path:
     """Checks, before any long work, that `path` may be written, and returns it as a Path.
 
     Raises FileExistsError when something is there already (an empty folder does not count) and `overwrite` is
-    false, and PermissionError or NotADirectoryError when its nearest existing parent cannot hold it.
+    false, or when a folder that would be overwritten lacks the file `marker` of its kind; PermissionError or
+    NotADirectoryError when its nearest existing parent cannot hold it.
     """
     path = Path(path)
+    if overwrite and marker and path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+        raise FileExistsError(f"{path} holds no {marker}, so it is not overwritten: choose another output")
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise FileExistsError(f"{path} exists and is not empty: choose another output or pass --overwrite")
-    parent = path if path.is_dir() else path.absolute().parent
+    if path.is_dir() and os.path.ismount(path):
+        raise PermissionError(f"cannot write {path}: it is a mount point, which cannot be renamed; name a folder in it")
+    parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
@@ -59,12 +64,13 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterat
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it becomes `path`, on error it vanishes.
 
-    With `overwrite` an old folder is moved aside first and removed only once the new one is in place.
+    With `overwrite` an old folder, which must hold the file `marker`, is moved aside first and removed only once the
+    new one is in place.
     """
-    path = check_output(path, overwrite)
+    path = check_output(path, overwrite, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -184,6 +190,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
             raise ValueError(f"{path}:{number}: not valid JSON ({error.msg}): {line[:80]!r}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        if "\\ud" in line.lower():
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{path}:{number}: a lone surrogate (\\ud800 to \\udfff) is not valid text") from error
         yield number, row
 
 

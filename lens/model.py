@@ -7,6 +7,7 @@ trained. Without the last two the backbone is read from `LensConfig.base`. There
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -99,7 +100,7 @@ class LensModel(nn.Module):
         `include_backbone` adds the backbone's weights (LoRA merged in), so that the folder needs nothing else.
         `card` is the text of README.md. Raises FileExistsError unless `overwrite`.
         """
-        with atomic_folder(path, overwrite) as folder:
+        with atomic_folder(path, overwrite, CONFIG_FILE) as folder:
             self.write(folder, tokenizer, include_backbone, card)
 
     def write(self, folder: Path, tokenizer: Any, include_backbone: bool = False, card: str | None = None) -> None:
@@ -111,7 +112,7 @@ class LensModel(nn.Module):
         if include_backbone or self.backbone_is_own:
             backbone: Any = self.backbone
             if isinstance(backbone, PeftModel):
-                raise ValueError("merge the adapter first: model.backbone = model.backbone.merge_and_unload()")
+                backbone = copy.deepcopy(backbone).merge_and_unload()
             backbone.save_pretrained(folder)
         elif isinstance(self.backbone, PeftModel):
             self.backbone.save_pretrained(str(folder), save_embedding_layers=False)
@@ -192,7 +193,9 @@ def _fetch(path: str | os.PathLike[str], revision: str | None) -> Path:
         if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is no LENS model folder")
         return folder
-    return Path(snapshot_download(check_base(path), revision=revision))
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]  # no pickles
+    name = check_base(path)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def read_head(path: Path, config: LensConfig) -> LexicalHead:

@@ -74,6 +74,7 @@ class TextProcessor:
     def __init__(self, tokenizer: Any, config: LensConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        tokenizer.truncation_side = "right"
         self.pad_id = next(
             i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0) if i is not None
         )
@@ -94,15 +95,20 @@ class TextProcessor:
             return []
         limit = self.config.query_max_length if kind == "query" else self.config.document_max_length
         prompt = self._prompt(kind, instruction)
-        prompt_length = len(self._ids([prompt], None)[0]) if prompt else 0
+        prompt_length = len(self._encode([prompt], None)["input_ids"][0]) if prompt else 0
         room = limit - len(self.prefix) - len(self.suffix)
         if prompt_length >= room:
             raise ValueError(
                 f"the instruction takes {prompt_length} of the {room} tokens that {kind}_max_length={limit} leaves: "
                 "shorten it or raise the limit"
             )
-        content_start = len(self.prefix) + prompt_length
-        return [self._span(ids, content_start) for ids in self._ids([prompt + text for text in texts], room)]
+        encoded = self._encode([prompt + text for text in texts], room)
+        spans = []
+        for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            # A token that straddles the prompt's end, as a space merged with the first word, belongs to the text.
+            before = sum(end <= len(prompt) for _, end in offsets[:prompt_length]) if prompt else 0
+            spans.append(self._span(ids, len(self.prefix) + before))
+        return spans
 
     def _prompt(self, kind: Kind, instruction: str | None) -> str:
         if kind == "query" and instruction is None:
@@ -113,18 +119,17 @@ class TextProcessor:
             return "<query>" if kind == "query" else ""
         return f"{instruction} " if instruction else ""
 
-    def _ids(self, texts: list[str], room: int | None) -> list[list[int]]:
-        encoded = self.tokenizer(
+    def _encode(self, texts: list[str], room: int | None) -> Any:
+        return self.tokenizer(
             texts,
             add_special_tokens=False,
             truncation=room is not None,
             max_length=room,
             return_attention_mask=False,
             return_token_type_ids=False,
+            return_offsets_mapping=True,
             verbose=False,
         )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
 
     def _span(self, content: list[int], content_start: int) -> Tokens:
         ids = [*self.prefix, *content, *self.suffix]

@@ -5,6 +5,7 @@ Pruning needs no Matryoshka training: embeddings are sparse and each dimension s
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -97,7 +98,7 @@ def save_embeddings(path: str | os.PathLike[str], embeddings: Any, ids: Sequence
             )
         else:
             dense = torch.from_numpy(to_dense(embeddings))
-            save_file({"embeddings": dense}, temporary, {"format": "pt", "ids": "\n".join(ids)})
+            save_file({"embeddings": dense}, temporary, {"format": "pt", "ids": json.dumps(list(ids))})
 
 
 def load_embeddings(path: str | os.PathLike[str]) -> tuple[scipy.sparse.csr_matrix, list[str]]:
@@ -113,8 +114,11 @@ def load_embeddings(path: str | os.PathLike[str]) -> tuple[scipy.sparse.csr_matr
                 csr = scipy.sparse.csr_matrix((file["data"], file["indices"], file["indptr"]), shape=file["shape"])
                 return csr, [str(name) for name in file["ids"]]
         with safe_open(str(path), framework="pt") as file:
-            ids = (file.metadata() or {})["ids"].split("\n")
-        return to_csr(load_file(path)["embeddings"]), ids
+            ids = json.loads((file.metadata() or {})["ids"])
+        csr = to_csr(load_file(path)["embeddings"])
+        if len(ids) != csr.shape[0]:
+            raise ValueError(f"{len(ids)} ids for {csr.shape[0]} rows")
+        return csr, ids
     except Exception as error:
         raise ValueError(f"{path} holds no embeddings as `lens encode` writes them ({error})") from error
 

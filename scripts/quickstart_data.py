@@ -9,13 +9,13 @@ whole corpus, queries, qrels/test.tsv and more), `data.json` the counts.
 The standard library. Every docstring of the running Python's standard library is parsed from source, nothing is
 imported. Left out: tests, `turtledemo`, `lib2to3` (which newer versions lack), site-packages. A docstring counts when
 it has a summary (its first paragraph, 3 to 40 words) and a body (the rest, at least 8 words). The passage is the body
-alone, so no held-out query is contained in its passage. Training queries are the summary and the qualified name split into
-words, and up to three sentences of the body; held-out queries are summaries (qrels/dev.tsv, qrels/test.tsv) and, as a set of its own, the names of the test
-modules (qrels/names.tsv). Bodies that are the same, or nearly so (word 3-grams with a Jaccard index of at least 0.8:
-inherited docstrings), are one passage with several queries. Modules are divided by a hash of the top-level name,
-`_pyio` going with `io`: about 70% train, 10% dev, 20% test; the default seed is the one of 0 to 19 whose parts come
-nearest to that in docstrings. A passage that also occurs in a held-out module, and a query worded like a held-out
-one, are no training data. The held-out corpus is the passages of all modules.
+alone, so no held-out query is contained in its passage. Training queries are the summary, the qualified name split into
+words, and up to three sentences of the body; held-out queries are summaries (qrels/dev.tsv, qrels/test.tsv) and, as a
+set of its own, the names of the test modules (qrels/names.tsv). Bodies that are the same, or nearly so (word 3-grams
+with a Jaccard index of at least 0.8: inherited docstrings), are one passage with several queries. Modules are divided
+by a hash of the top-level name, `_pyio` going with `io`: about 70% train, 10% dev, 20% test; the default seed is the
+one of 0 to 19 whose parts come nearest to that in docstrings. A passage that also occurs in a held-out module, and a
+query worded like a held-out one, are no training data. The held-out corpus is the passages of all modules.
 
 Your own folder. The evaluation takes qrels/test.tsv, else dev.tsv, else another. With qrels/train.tsv the training
 pairs are its judgements; without it they are made from the corpus (title -> text, or first sentence -> rest). Either
@@ -332,7 +332,12 @@ def own_folder(path: Path, seed: int, limit: int = TRAIN_PAIRS) -> tuple[Folder,
 
     asked = {wording(text) for text in heldout.queries.values()}
     hidden = {document for judged in relevant(heldout.qrels["test"]).values() for document in judged}
-    train.corpus = {document: text for document, text in train.corpus.items() if document not in hidden}
+    hidden_words = {wording(corpus[document]) for document in hidden if document in corpus}
+    train.corpus = {
+        document: text
+        for document, text in train.corpus.items()
+        if document not in hidden and wording(text) not in hidden_words
+    }
     pairs = {
         query: kept
         for query, judged in pairs.items()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForMaskedLM, BertModel, MistralConfig, MistralForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
@@ -34,6 +34,7 @@ def decoder_tokenizer() -> FastTokenizer:
     """A byte-level BPE with <s> and </s>, of which only <s> is added by itself, as in Mistral."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<unk>", "<s>", "</s>"],

@@ -101,10 +101,12 @@ def test_bad_options(model, options, error, message):
 
 
 def test_bad_devices_and_dtypes(bert, bert_clusters):
+    with pytest.raises(ValueError, match="device must be cuda, mps or cpu, found 'gpu'"):
+        lens.LENS.build(bert, bert_clusters, device="gpu")
     with pytest.raises(ValueError, match="dtype must be float32"):
         lens.LENS.build(bert, bert_clusters, dtype="int8")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA GPU"):
+        with pytest.raises(ValueError, match="torch sees none"):
             lens.LENS.build(bert, bert_clusters, device="cuda")
 
 
@@ -146,6 +148,8 @@ def test_explanation_adds_up_to_the_score(model):
 def test_explanation_of_nothing(model):
     empty = model.explain("", "fox")
     assert (empty.score, empty.matches, empty.rest) == (0.0, [], 0.0)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        model.explain("fox", "fox", k=0)
     with pytest.raises(ValueError, match="expected one embedding of 24 values, found 3"):
         model.explain(np.zeros(3, np.float32), "fox")
 
@@ -191,7 +195,7 @@ def test_search_equals_a_naive_sort(sparse):
 @pytest.mark.parametrize("name", ["e.npz", "e.safetensors"])
 def test_embedding_files(model, tmp_path, name):
     rows = model.encode(SENTENCES)
-    ids = [f"id {i}" for i in range(len(rows))]
+    ids = [f"id\n{i}" for i in range(len(rows))]
     save_embeddings(tmp_path / name, rows, ids)
     loaded, names = load_embeddings(tmp_path / name)
     np.testing.assert_array_equal(loaded.toarray(), rows)
@@ -291,6 +295,7 @@ def test_cli_errors_are_one_line_and_lose_nothing(saved, corpus, tmp_path):
             ("encode", tmp_path / "gone.txt", "--model", saved, "--output", tmp_path / "e.npz"),
             "gone.txt does not exist",
         ),
+        (("encode", corpus, "--model", saved, "--output", tmp_path / "e.npz", "--instruction", "x"), "--kind query"),
         (("search", "--model", saved, "--corpus", corpus), "give queries"),
         (("search", "q", "--model", saved, "--corpus", corpus, "-k", "0"), "k must be at least 1"),
     ]

@@ -98,8 +98,11 @@ def test_baselines_alone_and_repeatable(folder: Path) -> None:
 def test_unknown_judgements_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (folder / "tiny" / "qrels" / "test.tsv").open("a") as file:
         file.write("q1\tghost\t1\n")
-    assert run.main(["--beir", "tiny", "--baselines", "bm25", "--output", "out"]) == 0
-    assert "names 1 unknown queries or documents (first: 'ghost')" in capsys.readouterr().err
+    arguments = ["--beir", "tiny", "--baselines", "bm25", "--output", "out"]
+    assert run.main(arguments) == 2
+    assert "unknown document 'ghost'" in capsys.readouterr().err
+    assert run.main([*arguments, "--skip-unknown"]) == 0
+    assert "names 1 unknown queries or documents (first: document 'ghost')" in capsys.readouterr().err
     assert "ghost" in (folder / "out" / "report.md").read_text()
 
 

@@ -141,11 +141,13 @@ def test_beir(beir):
 
 def test_beir_with_unknown_ids(beir):
     (beir / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td9\t1\nq7\td1\t1\n")
+    with pytest.raises(ValueError, match="dev.tsv:3: unknown document 'd9': complete the folder"):
+        read_beir(beir)
     with pytest.warns(UserWarning, match="names 2 unknown queries or documents"):
-        assert read_beir(beir).qrels == {"q1": {"d1": 1}}
+        assert read_beir(beir, skip_unknown=True).qrels == {"q1": {"d1": 1}}
     (beir / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq7\td1\t1\n")
     with pytest.raises(ValueError, match="no judgement names"), pytest.warns(match="names 1"):
-        read_beir(beir)
+        read_beir(beir, skip_unknown=True)
     (beir / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1 d1 1\n")
     with pytest.raises(ValueError, match="dev.tsv:2: expected query-id<TAB>corpus-id<TAB>integer score"):
         read_beir(beir)

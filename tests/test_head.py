@@ -66,10 +66,13 @@ def test_equals_naive_loop(pooling, backend, with_bias):
 
 
 def test_activation_after_maximum_is_maximum_after_activation():
-    logits = torch.randn(4, 9, 11) * 3
-    torch.testing.assert_close(
-        torch.log1p(torch.relu(logits.amax(1))), torch.log1p(torch.relu(logits)).amax(1), rtol=0, atol=0
-    )
+    """lexical_pool activates the maximum; here every logit is activated first."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 3, 6) * 3, torch.randn(11, 6)
+    every = torch.log1p(torch.relu(hidden @ weight.T))  # (B, L, K)
+    torch.testing.assert_close(lexical_pool(hidden, weight), every.amax(1))
+    assert (every.amax(1) == 0).any()
+    assert (every.amax(1) > 0).any()
 
 
 @pytest.mark.parametrize("pooling", ["max", "sum", "last"])

@@ -165,6 +165,14 @@ def test_adapter_and_token_rows_survive(mistral, mistral_clusters, tmp_path):
     assert np.abs(queries - untrained).max() > 1e-3
 
 
+def test_a_model_saved_from_elsewhere_finds_its_backbone(bert, bert_clusters, tmp_path, monkeypatch):
+    monkeypatch.chdir(bert.parent)
+    model = lens.LENS.build(bert.name, bert_clusters)
+    model.save(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(lens.load("m").encode(TEXTS), model.encode(TEXTS))
+
+
 def test_saving_never_overwrites_unasked(model, tmp_path):
     model.save(tmp_path / "m")
     before = {file: file.read_bytes() for file in (tmp_path / "m").iterdir()}
@@ -172,6 +180,10 @@ def test_saving_never_overwrites_unasked(model, tmp_path):
         model.save(tmp_path / "m")
     assert {file: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
     model.save(tmp_path / "m", overwrite=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="holds no lens.json"):
+        model.save(tmp_path / "other", overwrite=True)
 
 
 @pytest.fixture

@@ -73,6 +73,16 @@ def test_encoder_pools_its_content_tokens(encoder):
     assert len(query.ids) > len(item.ids)
 
 
+def test_plain_instruction_before_a_byte_level_text(mistral, mistral_clusters):
+    """The space after the instruction merges with the first word, which is pooled whole all the same."""
+    model = lens.LENS.build(mistral, mistral_clusters, prompt="plain", positions="all")
+    processor = TextProcessor(model.tokenizer, model.config.replace(positions="content"))
+    for text in ("the", "fox jumps", " spaced"):
+        (item,) = processor([text], "query", "parse a date")
+        assert model.tokenizer.decode(item.ids[item.start : item.end]).strip() == text.strip()
+        assert processor.prefix == item.ids[:1]
+
+
 def test_all_positions_and_last_pooling(bert, bert_clusters, mistral, mistral_clusters):
     everything = lens.LENS.build(bert, bert_clusters, positions="all")
     (item,) = everything.text(["the fox"])

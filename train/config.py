@@ -151,6 +151,8 @@ class Recipe:
             raise ValueError(f"lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, found {self.max_steps}")
+        if self.device is not None and self.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device must be cpu, cuda or mps; found {self.device!r}")
         if not self.data:
             raise ValueError("data must name at least one file")
         if self.backbone == "frozen":

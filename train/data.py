@@ -77,6 +77,8 @@ def _example(row: dict[str, Any], group_size: int) -> Example:
     for name, texts in (("pos", pos), ("neg", neg)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"`{name}` must be a list of texts, found {texts!r:.80}")
+        if not all(text.strip() for text in texts):
+            raise ValueError(f"`{name}` holds an empty text")
     if not pos:
         raise ValueError("`pos` must hold at least one text")
     if not neg and group_size > 1:

@@ -10,6 +10,7 @@ Example: python train/run.py train/recipes/lens-mini.yaml --data pairs.jsonl --c
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import socket
@@ -23,21 +24,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from lens.backbone import default_device
+from lens.backbone import resolve_device
 from lens.files import check_output, read_json, require, write_json
-from lens.model import CONFIG_FILE, LensModel, build_model
+from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel, build_model
 from lens.text import SPECIAL_TOKENS, TextProcessor
 from train.config import Recipe, load_recipe, parse_overrides
 from train.data import Batches, TeacherEmbeddings, read_examples
 from train.sampler import Schedule
 from train.states import compute_states, keys_of
-from train.trainer import LensTrainer, newest_checkpoint
+from train.trainer import LensTrainer, whole_checkpoints
 
 RECIPE_FILE = "recipe.json"
 STATES_FILE = "hidden.f16"
 FREE_FIELDS = {
     "output", "save_steps", "save_total_limit", "resume", "logging_steps", "report_to", "workers", "device",
-    "include_backbone",
 }  # fmt: skip
 """Fields that may change between a run and its continuation: they do not decide what is learnt."""
 
@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> int:
         if not path or path[0].startswith("--"):
             raise ValueError("the first argument must be a recipe, a YAML file")
         train(load_recipe(path[0], parse_overrides(path[1:])))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"train/run.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"train/run.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -86,8 +86,11 @@ def train(recipe: Recipe) -> None:
     schedule = make_schedule(recipe, [len(source) for source in sources])
     set_seed(recipe.seed)
     model, tokenizer = build(recipe)
-    _say(rank, _summary(recipe, model, sources, schedule))
     text = TextProcessor(tokenizer, model.config)
+    if rank == 0:  # from here on the folder is this run's, and a killed start goes on
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / RECIPE_FILE, {**recipe.resolved(), "inputs": inputs_of(recipe)})
+    _say(rank, _summary(recipe, model, sources, schedule))
     store = None
     if recipe.backbone == "frozen" and recipe.cache_hidden:
         model.backbone.to(arguments.device)
@@ -97,13 +100,12 @@ def train(recipe: Recipe) -> None:
     batches = Batches(
         sources, schedule, text, recipe.group_size, recipe.in_batch_negatives, rank, world_size, store, teacher
     )
-    if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / RECIPE_FILE, recipe.resolved())
     trainer = LensTrainer(model, tokenizer, batches, recipe, arguments)
-    checkpoint = newest_checkpoint(output) if recipe.resume else None
+    checkpoint = next(reversed(whole_checkpoints(output)), None)
     if checkpoint is not None:
         _say(rank, f"going on from {checkpoint}")
+    elif any(output.glob("checkpoint-*")):
+        _say(rank, f"{output} has no whole checkpoint: starting from the first step")
     set_seed(recipe.seed)  # building and caching took random numbers, how many depends on what was there already
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if rank == 0:
@@ -117,7 +119,7 @@ def check_run(recipe: Recipe, output: Path) -> str:
     if not (output / RECIPE_FILE).is_file():
         check_output(output)
         return "new"
-    before, now = read_json(output / RECIPE_FILE), recipe.resolved()
+    before, now = read_json(output / RECIPE_FILE), {**recipe.resolved(), "inputs": inputs_of(recipe)}
     changed = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
     if changed:
         pairs = ", ".join(f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in changed)
@@ -127,6 +129,18 @@ def check_run(recipe: Recipe, output: Path) -> str:
     return "finished" if (output / CONFIG_FILE).is_file() else "begun"
 
 
+def inputs_of(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the files that decide what is learnt: training data, clusters, teacher embeddings."""
+    files = [*recipe.data, *([recipe.teacher_embeddings] if recipe.teacher_embeddings else [])]
+    if recipe.clusters is not None:
+        files.append(str(Path(recipe.clusters) / CLUSTERS_FILE))
+    digests = {}
+    for name in files:
+        with open(name, "rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
 def make_schedule(recipe: Recipe, sizes: list[int]) -> Schedule:
     """The batches of the whole run, from max_steps or epochs."""
     schedule = Schedule(sizes, recipe.batch_size, recipe.seed, 1)
@@ -134,6 +148,10 @@ def make_schedule(recipe: Recipe, sizes: list[int]) -> Schedule:
     if recipe.max_steps is not None:
         batches = recipe.max_steps * recipe.gradient_accumulation
     batches -= batches % recipe.gradient_accumulation
+    if recipe.warmup_steps >= batches // recipe.gradient_accumulation > 0:
+        raise ValueError(
+            f"warmup_steps={recipe.warmup_steps} takes up all {batches // recipe.gradient_accumulation} steps: lower it"
+        )
     if batches == 0:
         raise ValueError(
             f"the data gives {schedule.steps_per_epoch} batches of {recipe.batch_size} an epoch, fewer than one "
@@ -153,8 +171,10 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    on_cpu = recipe.device == "cpu" or (recipe.device is None and default_device().type == "cpu")
-    return TrainingArguments(
+    on_cpu = resolve_device(recipe.device).type == "cpu"
+    if on_cpu and recipe.precision == "fp16":
+        raise ValueError("precision=fp16 needs a GPU: use bf16 or fp32 on the CPU")
+    arguments = TrainingArguments(
         output_dir=recipe.output,
         per_device_train_batch_size=recipe.batch_size // world_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
@@ -169,7 +189,6 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
         fp16=recipe.precision == "fp16",
         seed=recipe.seed,
         save_steps=recipe.save_steps,
-        save_total_limit=recipe.save_total_limit,
         logging_steps=recipe.logging_steps,
         report_to=list(recipe.report_to) or "none",
         deepspeed=ZERO1 if recipe.deepspeed == "zero1" else recipe.deepspeed,
@@ -177,7 +196,11 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
         use_cpu=on_cpu,
         disable_tqdm=True,
         remove_unused_columns=False,
+        logging_nan_inf_filter=False,
     )
+    # One process takes one GPU: torch's DataParallel would cut packed batches apart.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def build(recipe: Recipe) -> tuple[LensModel, Any]:
@@ -231,9 +254,6 @@ def _add_lora(model: LensModel, tokenizer: Any, recipe: Recipe) -> Any:
 
 def finish(model: LensModel, tokenizer: Any, recipe: Recipe, output: Path) -> None:
     """Moves the finished artifact into `output`, lens.json last, and drops the file of hidden states."""
-    if recipe.include_backbone and recipe.backbone == "lora":
-        backbone: Any = model.backbone
-        model.backbone = backbone.merge_and_unload()
     staged = output / ".finished"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()

@@ -91,6 +91,8 @@ def compute_states(
                 batch = text.collate([tokens[i] for i in part])
                 hidden = hidden_states(model.backbone, batch.input_ids.to(device), batch.attention_mask.to(device))
                 hidden = hidden.to(torch.float16).cpu()
+                if not bool(torch.isfinite(hidden[batch.pool_mask]).all()):
+                    raise ValueError("hidden states exceed float16 (65504): train with cache_hidden: false")
                 for row, i in enumerate(part):
                     states[offsets[i] : offsets[i + 1]] = hidden[row, tokens[i].start : tokens[i].end].numpy()
                 start += count

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from lens.files import write_json
+from lens.files import atomic_file, write_json
 from lens.model import HEAD_FILE, LensModel, read_head
 from train.config import Recipe
 from train.data import Batches
@@ -113,6 +116,11 @@ class LensTrainer(Trainer):
                 means /= dist.get_world_size()
             logs.update(zip(self._sums, means.tolist(), strict=True))
             self._sums, self._counted = {}, 0
+        if not all(math.isfinite(value) for value in logs.values() if isinstance(value, float)):
+            raise FloatingPointError(
+                f"loss or gradient is not finite at step {self.state.global_step}: lower learning_rate, or use bf16 in "
+                "place of fp16; the last checkpoint is whole"
+            )
         if "epoch" in logs:
             batches: Any = self.train_dataset
             done = self.state.global_step * self.recipe.gradient_accumulation
@@ -164,21 +172,37 @@ class LensTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not bool(torch.isfinite(self._tr_loss)):
+            raise FloatingPointError(f"loss is not finite at step {self.state.global_step}: lower learning_rate")
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / COMPLETE_FILE, {"step": self.state.global_step})
+            output = Path(self.args.output_dir)
+            write_json(
+                output / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE, {"step": self.state.global_step}
+            )
+            # Old checkpoints go only now that the new one is whole.
+            for folder in whole_checkpoints(output)[: -self.recipe.save_total_limit]:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _only(items: list[Any]) -> Any:
     return items[0]
 
 
-def newest_checkpoint(output: Path) -> Path | None:
-    """The whole checkpoint of the highest step in `output`, or None."""
+def whole_checkpoints(output: Path) -> list[Path]:
+    """The whole checkpoints in `output`, lowest step first."""
     whole = [path.parent for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a training log; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -192,12 +216,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.started = time.monotonic()
         self.seconds = 0.0
         if state.is_world_process_zero:
-            kept = []
-            if self.log_path.is_file():
-                rows = [json.loads(line) for line in self.log_path.read_text().splitlines()]
-                kept = [row for row in rows if row["step"] <= state.global_step]
-                self.seconds = kept[-1]["seconds"] if kept else 0.0
-            self.log_path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            kept = [row for row in read_log(self.log_path) if row["step"] <= state.global_step]
+            self.seconds = kept[-1]["seconds"] if kept else 0.0
+            with atomic_file(self.log_path, overwrite=True) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
