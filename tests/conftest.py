@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -154,4 +155,13 @@ def need(path: Path) -> Path:
     """Skips the test, saying why, where a shared data set is absent."""
     if not path.exists():
         pytest.skip(f"{path.name} is not here: the shared data sets are not part of the repository")
+    return path
+
+
+def row(**changes):
+    return {"query": "q", "pos": ["p"], "neg": ["n", "m"], "type": "retrieval", **changes}
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
     return path

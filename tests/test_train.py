@@ -1,10 +1,9 @@
-"""Recipes, data, schedule and whole training runs: resumed, restarted, refused, and under the DeepSpeed launcher."""
+"""Whole training runs: resumed, restarted, refused, and under the DeepSpeed launcher."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -13,200 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import ROOT, SENTENCES
+from conftest import ROOT, SENTENCES, row, write_rows
 from safetensors.torch import load_file
 
 import lens
 from lens.text import TextProcessor
-from train.config import Recipe, load_recipe, parse_overrides
-from train.data import Batches, Example, choose, read_examples
-from train.mine import main as mine
+from train.data import Batches, Example
 from train.run import main as train
 from train.sampler import Schedule
-from train.score import main as score
-
-# --- recipes --------------------------------------------------------------------------------------------------------
-
-NEEDED = {"base": "b", "data": ["d.jsonl"], "output": "o"}
-
-
-def recipe_file(tmp_path, **values):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**NEEDED, **values}))
-    return path
-
-
-def test_recipe_from_yaml_and_overrides(tmp_path):
-    path = recipe_file(tmp_path, temperature=0.1)
-    overrides = parse_overrides(["--learning_rate", "1e-4", "--data", "a.jsonl", "b.jsonl", "--pooling=sum",
-                                 "--local_rank=0", "--resume", "false"])  # fmt: skip
-    recipe = load_recipe(path, overrides)
-    assert recipe.temperature == 0.1
-    assert recipe.learning_rate == pytest.approx(1e-4)
-    assert recipe.data == ("a.jsonl", "b.jsonl")
-    assert (recipe.pooling, recipe.resume) == ("sum", False)
-    assert Recipe(**recipe.resolved()) == recipe
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temprature": 0.1}, "unknown field 'temprature' in the recipe; did you mean 'temperature'"),
-        ({"batch_size": "many"}, "batch_size must be a whole number; found 'many'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, found 0"),
-        ({"temperature": 0}, "temperature must be above 0"),
-        ({"pooling": "mean"}, "pooling must be one of max, sum, last; found 'mean'"),
-        ({"resume": "yes please"}, "resume must be true or false"),
-        ({"backbone": "frozen"}, "backbone=frozen contradicts train_head=false"),
-        ({"group_size": 1, "in_batch_negatives": False}, "group_size=1 contradicts in_batch_negatives=false"),
-        ({"lora_dropout": 1.0}, "lora_dropout must be from 0 to below 1"),
-        ({"data": []}, "data must name at least one file"),
-        ({"output": None}, "output is missing: set it in the recipe or pass --output"),
-        ({"kd_weight": float("nan")}, "kd_weight must be at least 0"),
-    ],
-)
-def test_bad_recipes_name_the_field(tmp_path, values, message):
-    with pytest.raises(ValueError, match=message):
-        load_recipe(recipe_file(tmp_path, **values))
-
-
-def test_bad_recipe_files_and_arguments(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.yaml does not exist"):
-        load_recipe(tmp_path / "gone.yaml")
-    (tmp_path / "bad.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match="bad.yaml is not valid YAML"):
-        load_recipe(tmp_path / "bad.yaml")
-    with pytest.raises(ValueError, match="'stray' follows no --field"):
-        parse_overrides(["stray"])
-    with pytest.raises(ValueError, match="--seed needs a value"):
-        parse_overrides(["--seed"])
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "train" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_are_valid(path):
-    assert load_recipe(path, NEEDED).base == "b"
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
-def row(**changes):
-    return {"query": "q", "pos": ["p"], "neg": ["n", "m"], "type": "retrieval", **changes}
-
-
-def write_rows(path, *rows):
-    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (row(query=" "), "`query` must be a text that is not empty"),
-        (row(pos=[]), "`pos` must hold at least one text"),
-        (row(pos="p"), "`pos` must be a list of texts"),
-        (row(neg=[None]), "`neg` must be a list of texts"),
-        (row(neg=["n", " "]), "`neg` holds an empty text"),
-        (row(query="\ud800"), "lone surrogate"),
-        (row(neg=[]), "`neg` is empty but group_size=3"),
-        (row(neg_scores=[1.0]), "`neg_scores` must be null or 2 finite numbers"),
-        (row(pos_scores=[float("nan")]), "`pos_scores` must be null or 1 finite numbers"),
-        (row(type="retreival"), "`type` must be one of"),
-        (row(prompt=3), "`prompt` must be a text or null"),
-    ],
-)
-def test_bad_rows_name_file_and_line(tmp_path, bad, message):
-    path = write_rows(tmp_path / "d.jsonl", row(), bad)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_examples(path, group_size=3)
-    assert str(caught.value).startswith(f"{path}:2: ")
-
-
-def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_examples(tmp_path / "gone.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no examples"):
-        read_examples(tmp_path / "empty.jsonl")
-    mixed = write_rows(tmp_path / "mixed.jsonl", row(), row(type="symmetric_class"))
-    with pytest.raises(ValueError, match="mixes types"):
-        read_examples(mixed)
-
-
-def test_choice_of_passages():
-    example = Example("q", ["p1", "p2"], ["n1", "n2", "n3"], [1.0, 2.0], [3.0, 4.0, 5.0], None, "retrieval")
-    group = choose(example, 3, random.Random(0))
-    scores = {"p1": 1.0, "p2": 2.0, "n1": 3.0, "n2": 4.0, "n3": 5.0}
-    assert group.passages[0] in ("p1", "p2")
-    assert len(set(group.passages[1:])) == 2
-    assert group.scores == [scores[passage] for passage in group.passages]
-    for seed in range(50):  # 7 negatives of 3: the pool holds each three times
-        few = choose(example, 8, random.Random(seed)).passages[1:]
-        assert len(few) == 7
-        assert max(few.count(name) for name in ("n1", "n2", "n3")) <= 3
-    only = Example("q", ["p"], ["n1", "n2"], None, None, None, "only_1neg")
-    assert len(choose(only, 8, random.Random(0)).passages) == 2
-    assert choose(only, 8, random.Random(0)).scores is None
-
-
-def test_schedule_is_a_pure_function_of_the_step():
-    one, other = Schedule([10, 7], 3, 5, 40), Schedule([10, 7], 3, 5, 40)
-    forwards = [one.batch(step) for step in range(40)]
-    assert [other.batch(step) for step in reversed(range(40))] == forwards[::-1]
-    assert one.steps_per_epoch == 3 + 2
-    for epoch in range(8):
-        batches = forwards[epoch * 5 : epoch * 5 + 5]
-        for source, size in ((0, 10), (1, 7)):
-            seen = [i for s, indices in batches if s == source for i in indices]
-            assert len(seen) == len(set(seen)) == size // 3 * 3  # nothing twice in an epoch, whole batches only
-    assert forwards[:5] != forwards[5:10]
-    assert [Schedule([10, 7], 3, 6, 40).batch(step) for step in range(40)] != forwards
-    with pytest.raises(ValueError, match="has 2 examples, fewer than batch_size=3"):
-        Schedule([10, 2], 3, 5, 1)
-    with pytest.raises(IndexError):
-        one.batch(40)
-
-
-def test_global_batch_is_the_same_for_any_number_of_ranks(bert, bert_clusters):
-    model = lens.LENS.build(bert, bert_clusters)
-    text = TextProcessor(model.tokenizer, model.config)
-    source = [Example(f"{s} {i}", [s], SENTENCES, [1.0], [0.5] * 7, None, "retrieval")
-              for i in range(3) for s in SENTENCES]  # fmt: skip
-    schedule = Schedule([len(source)], 8, 0, 5)
-
-    def ids(world_size):
-        shares = [Batches([source], schedule, text, 3, True, rank, world_size)[2] for rank in range(world_size)]
-        rows = []
-        for share in shares:
-            queries = share["queries"]
-            rows += [
-                tuple(i for i, m in zip(r.tolist(), k.tolist(), strict=True) if m)
-                for r, k in zip(queries["input_ids"], queries["attention_mask"], strict=True)
-            ]
-        return rows, torch.cat([share["teacher"] for share in shares])
-
-    (rows, teacher), (rows4, teacher4) = ids(1), ids(4)
-    assert rows == rows4
-    assert torch.equal(teacher, teacher4)
-    with pytest.raises(ValueError, match="multiple of the 3 ranks"):
-        Batches([source], schedule, text, 3, True, 0, 3)
-
-
-def test_a_missing_score_switches_distillation_off_for_its_batch_only(bert, bert_clusters):
-    model = lens.LENS.build(bert, bert_clusters)
-    text = TextProcessor(model.tokenizer, model.config)
-    source = [Example(f"q {i}", ["p"], ["n"], None if i == 0 else [1.0], [0.5], None, "retrieval") for i in range(8)]
-    schedule = Schedule([8], 4, 0, 2)
-    batches = [
-        [Batches([source], schedule, text, 2, True, rank, 2)[step]["teacher"] for rank in (0, 1)] for step in (0, 1)
-    ]
-    gap = next(step for step in (0, 1) if 0 in schedule.batch(step)[1])
-    assert batches[gap] == [None, None]  # on every rank, also the one whose share has no gap
-    assert all(teacher.shape == (2, 2) for teacher in batches[1 - gap])
-
-
-# --- whole runs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -470,57 +283,3 @@ def test_two_ranks_under_the_deepspeed_launcher_equal_one_process(empty, mistral
     assert [r["loss"] for r in log_of(tmp_path / "two")] == pytest.approx(losses, rel=1e-4)
     sizes = [file.stat().st_size for file in (tmp_path / "two" / "checkpoint-4").rglob("*") if file.is_file()]
     assert sum(sizes) < 1_000_000  # no frozen weights
-
-
-# --- mining and scoring ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def beir(tmp_path):
-    folder = tmp_path / "beir"
-    (folder / "qrels").mkdir(parents=True)
-    documents = [*SENTENCES, SENTENCES[0]]  # the last one repeats the first
-    write_rows(folder / "corpus.jsonl", *({"_id": f"d{i}", "text": text} for i, text in enumerate(documents)))
-    write_rows(folder / "queries.jsonl", {"_id": "q0", "text": "quick fox"}, {"_id": "q1", "text": "parse date"})
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq0\td1\t0\nq1\td4\t2\n")
-    return folder
-
-
-def test_mined_negatives_are_never_positives(beir, bert, tmp_path):
-    assert mine(["--beir", str(beir), "--output", str(tmp_path / "m.jsonl"), "--negatives", "4"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-    assert [r["query"] for r in rows] == ["quick fox", "parse date"]
-    for r in rows:
-        assert len(r["neg"]) == len(set(r["neg"])) == 4
-        assert not set(r["neg"]) & set(r["pos"])
-    assert rows[0]["pos"] == [SENTENCES[0]]
-    arguments = ["--model", str(bert), "--data", str(tmp_path / "m.jsonl"), "--output", str(tmp_path / "s.jsonl")]
-    assert score([*arguments, "--device", "cpu", "--max-length", "64"]) == 0
-    scored = read_examples(tmp_path / "s.jsonl", 5)
-    assert all(len(e.neg_scores) == 4 and len(e.pos_scores) == 1 for e in scored)
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
-
-    reference = SentenceTransformer(modules=[word := Transformer(str(bert)), Pooling(word.get_embedding_dimension())])
-    a, b = reference.encode([scored[0].query, scored[0].neg[0]], normalize_embeddings=True)
-    assert scored[0].neg_scores[0] == pytest.approx(float(a @ b), abs=1e-4)
-
-
-def test_mining_and_scoring_fail_in_one_line(beir, bert, tmp_path, capsys):
-    taken = tmp_path / "taken.jsonl"
-    taken.write_text("precious")
-    cases = [
-        (mine, ["--beir", str(beir), "--output", str(taken)], "is not empty"),
-        (mine, ["--beir", str(beir), "--split", "dev", "--output", str(tmp_path / "x")], "no dev.tsv; found train"),
-        (mine, ["--beir", str(tmp_path / "no"), "--output", str(tmp_path / "x")], "is not a folder"),
-        (mine, ["--beir", str(beir), "--output", str(tmp_path / "x"), "--negatives", "0"], "must be at least 1"),
-        (score, ["--model", str(bert), "--data", str(taken), "--output", str(tmp_path / "x")], "taken.jsonl:1: not"),
-        (score, ["--model", str(bert), "--data", str(taken), "--output", str(taken)], "is not empty"),
-    ]
-    for program, arguments, message in cases:
-        capsys.readouterr()
-        assert program(arguments) == 2
-        error = capsys.readouterr().err
-        assert message in error, error
-        assert len(error.strip().splitlines()) == 1
-    assert taken.read_text() == "precious"
