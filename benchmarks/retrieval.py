@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from lens.files import atomic_file, read_json, write_json
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "retrieval.json"
 PAGE = ROOT / "docs" / "results.md"
+PLACES = ("base", "data", "output", "clusters", "teacher_embeddings", "inputs")  # paths say nothing elsewhere
 SHOWN = ("nDCG@10", "RR@10", "R@100")
 
 
@@ -42,15 +45,22 @@ def collect(quickstart: Path, folders: list[Path]) -> dict[str, Any]:
     others = evaluate([*model, "--beir", *map(str, folders), "--split", "test"])
     plain = evaluate(["--beir", *map(str, folders), "--split", "test", "--baselines", "bm25", "--bm25-stemmer", "none"])
     report = read_json(quickstart / "report.json")
-    report.pop("answers", None)
+    recipe = read_json(quickstart / "model" / "recipe.json")
+    cpu = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    )
     return {
         "heldout": heldout["datasets"]["heldout"],
         "names": names["datasets"]["heldout"],
         "others": others["datasets"],
         "bm25_plain_words": {name: data["systems"]["bm25"] for name, data in plain["datasets"].items()},
-        "quickstart": report,
-        "recipe": read_json(quickstart / "model" / "recipe.json"),
-        "machine": heldout["machine"],
+        "quickstart": {name: report[name] for name in ("seconds", "peak_rss_mb", "counts")},
+        "recipe": {name: value for name, value in recipe.items() if name not in PLACES},
+        "machine": {
+            "cpu": cpu[1] if cpu else platform.processor(),
+            "cores": heldout["machine"]["cores"],
+            "gpu": heldout["machine"]["gpu"] or "none",
+        },
         "versions": heldout["versions"],
     }
 
@@ -92,7 +102,8 @@ def page(content: dict[str, Any]) -> str:
         "",
         "## The quick start: LENS-mini on Python's documentation",
         "",
-        f"{heldout['queries']:,} held-out queries (summaries of modules that training never saw) over "
+        f"{report['counts']['train_queries']:,} training queries, {heldout['queries']:,} held-out ones (summaries of "
+        f"modules that training never saw) over "
         f"{heldout['documents']:,} passages. LENS reaches {ratio:.1%} of the dense backbone's nDCG@10.",
         "",
         *table({"held-out summaries": heldout, "held-out names": names}, "nDCG@10"),
