@@ -59,9 +59,18 @@ class Step:
     resumable: bool = False  # whether the program goes on from a half-made output of its own
 
     def key(self, keys: dict[str, str]) -> str:
-        """A hash of the command, the state and the keys of the steps before it."""
-        content = [self.command, self.state, [keys[name] for name in self.after]]
+        """A hash of the command, its program's code, the state and the keys of the steps before it."""
+        code = [source_hash(ROOT / folder) for folder in (Path(self.command.split()[0]).parent, "lens")]
+        content = [self.command, code, self.state, [keys[name] for name in self.after]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def source_hash(folder: Path) -> str:
+    """SHA-256 over the Python files of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def shown(path: Path) -> str:

@@ -96,7 +96,6 @@ def train(recipe: Recipe) -> None:
         model.backbone.to(arguments.device)
         with arguments.main_process_first(local=False):
             store = compute_states(model, text, keys_of(sources), output / STATES_FILE)
-        model.backbone.to("cpu")
     batches = Batches(
         sources, schedule, text, recipe.group_size, recipe.in_batch_negatives, rank, world_size, store, teacher
     )
@@ -166,6 +165,13 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
         raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of the {world_size} ranks")
     if recipe.deepspeed is not None:
         require("train", "deepspeed")
+        if recipe.deepspeed != "zero1":
+            stage = read_json(recipe.deepspeed).get("zero_optimization", {}).get("stage", 0)
+            if stage > 2:
+                raise ValueError(
+                    f"{recipe.deepspeed}: ZeRO stage {stage} scatters the weights that a checkpoint needs; "
+                    "stages up to 2 are supported"
+                )
         if "RANK" not in os.environ:  # plain python: DeepSpeed wants the variables of a launcher
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
