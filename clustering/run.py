@@ -126,7 +126,7 @@ def cluster(options: argparse.Namespace) -> None:
     labels = np.full(rows, -1, dtype=np.int32)
     labels[kept] = result.labels
     log(f"{len(result.centroids)} clusters, inertia {result.inertia:.1f}, converged: {result.converged}")
-    with atomic_folder(options.output, options.overwrite) as folder:
+    with atomic_folder(options.output, options.overwrite, "clusters.json") as folder:
         write(folder, options, head, result, labels, names, roles)
         log("report written")
     if options.export_npy:
@@ -156,7 +156,7 @@ def check(options: argparse.Namespace) -> None:
     if options.seed < 0 or options.seed >= 2**32:
         raise ValueError(f"--seed is {options.seed}: choose 0 to {2**32 - 1}")
     report.check_libraries()
-    check_output(options.output, options.overwrite)
+    check_output(options.output, options.overwrite, "clusters.json")
     if options.export_npy:
         check_output(options.export_npy, options.overwrite)
 

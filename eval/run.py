@@ -117,7 +117,7 @@ def load(args: argparse.Namespace) -> Loaded:
             raise ValueError(f"--{field.replace('_', '-')} is {value}: at least {least} is needed")
     if not args.bm25_b <= 1:
         raise ValueError(f"--bm25-b is {args.bm25_b}: it lies between 0 and 1")
-    output = check_output(args.output, args.overwrite)
+    output = check_output(args.output, args.overwrite, "results.json")
     if output.is_dir() and any(output.iterdir()) and not (output / "results.json").is_file():
         raise FileExistsError(f"{output} holds no results.json of an evaluation, so it is not overwritten")
     if "bm25" in args.baselines:
@@ -279,7 +279,7 @@ def run(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     """Evaluates and writes the output folder; returns the content of results.json."""
     results: dict[str, Any] = {"datasets": {}, "config": vars(args), "versions": versions(), "machine": machine()}
     details = {}
-    with atomic_folder(args.output, args.overwrite) as folder:
+    with atomic_folder(args.output, args.overwrite, "results.json") as folder:
         for beir in loaded.datasets:
             built, fusions = systems(loaded, beir, args)
             evaluation = evaluate(

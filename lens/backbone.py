@@ -55,14 +55,23 @@ def architecture_of(config: Any) -> Architecture:
 
 def load_tokenizer(folder: str, revision: str | None = None) -> Any:
     """The fast tokenizer of a folder or hub id; raises ValueError when there is only a slow one."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+        raise ValueError(f"{folder} has no usable tokenizer ({' '.join(str(error).split())[:200]})") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder} has no fast tokenizer (tokenizer.json)")
     return tokenizer
 
 
 def load_config(base: str, revision: str | None = None) -> Any:
-    return AutoConfig.from_pretrained(check_base(base), revision=revision)
+    """The transformers configuration of a backbone; raises FileNotFoundError naming what could not be found."""
+    name = check_base(base)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{name} is neither a usable model folder nor a model on the hub ({reason})") from error
 
 
 @contextmanager
@@ -90,7 +99,7 @@ def load_backbone(
     """Loads the backbone; with `with_head` also the language model around it (else None) and its missing weights.
 
     A decoder gets `is_causal = not bidirectional` and no sliding window, then is probed: a mask that is not what
-    was asked for raises RuntimeError. Backbone weights that are absent, NaN or infinite raise ValueError by name.
+    was asked for raises ValueError. Backbone weights that are absent, NaN or infinite raise ValueError by name.
     """
     base = check_base(base)
     config = load_config(base, revision)
@@ -170,7 +179,7 @@ def check_finite(module: nn.Module, source: str) -> None:
 
 @torch.no_grad()
 def check_attention(backbone: nn.Module, bidirectional: bool) -> None:
-    """Probes whether a later token changes earlier outputs, in a padded batch, and raises RuntimeError if that is
+    """Probes whether a later token changes earlier outputs, in a padded batch, and raises ValueError if that is
     not as `bidirectional` says."""
     training = backbone.training
     backbone.eval()
@@ -185,7 +194,7 @@ def check_attention(backbone: nn.Module, bidirectional: bool) -> None:
     sees_later = bool(((first - second).abs().amax((1, 2)) > 1e-6 * first.abs().max()).all())
     backbone.train(training)
     if sees_later != bidirectional:
-        raise RuntimeError(
+        raise ValueError(
             f"{type(backbone).__name__} is {'causal' if bidirectional else 'bidirectional'} although "
             f"bidirectional={bidirectional} was asked for; transformers >= 5.2 and an attention implementation that "
             "honours config.is_causal are needed (try attn_implementation='sdpa')"

@@ -117,6 +117,8 @@ def _search(options: argparse.Namespace) -> None:
         raise ValueError("give queries either as arguments or by --queries FILE")
     if options.k < 1:
         raise ValueError(f"k must be at least 1, found {options.k}")
+    if options.explain < 0 or (options.explain and (options.json or options.output)):
+        raise ValueError("--explain takes a number from 1 and goes with printed hits, not with --json or --output")
     if options.output:
         check_output(options.output, options.overwrite)
     if options.queries:
@@ -124,6 +126,9 @@ def _search(options: argparse.Namespace) -> None:
     else:
         names, queries = [str(number) for number in range(1, len(options.query) + 1)], options.query
     ids, texts = read_texts(options.corpus)
+    spaced = next((name for name in (*names, *ids) if name.split() != [name]), None)
+    if options.output and spaced is not None:
+        raise ValueError(f"a TREC run cannot hold the id {spaced!r} with white space in it: use --json")
     stored = load_embeddings(options.embeddings) if options.embeddings else None
     if stored is not None and stored[1] != ids:
         raise ValueError(f"{options.embeddings} was made from another corpus than {options.corpus}: its ids differ")
@@ -142,6 +147,8 @@ def _search(options: argparse.Namespace) -> None:
         if not options.json:
             print(f"\n{query}")
         for rank, (index, score) in enumerate(zip(found, values, strict=True), 1):
+            if score <= 0:  # nothing in common with the query
+                break
             if options.json:
                 hit = {"query": name, "rank": rank, "document": ids[index], "score": round(float(score), 6)}
                 print(json.dumps(hit, ensure_ascii=False))

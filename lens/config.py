@@ -70,8 +70,12 @@ class LensConfig:
             raise ValueError(f"base must name a backbone (a folder or a hub id); found {self.base!r}")
         for field in ("query_max_length", "document_max_length"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 4:
+            if type(value) is not int or value < 4:
                 raise ValueError(f"{field} must be a whole number of at least 4 tokens; found {value!r}")
+        if type(self.hidden_size) is not int or type(self.dimensions) is not int:
+            raise ValueError(
+                f"hidden_size and dimensions must be whole numbers, found {self.hidden_size!r}, {self.dimensions!r}"
+            )
         if self.hidden_size < 1 or self.dimensions < 2:
             raise ValueError(
                 f"hidden_size must be at least 1 and dimensions at least 2; found {self.hidden_size} "

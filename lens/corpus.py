@@ -90,6 +90,8 @@ def read_qrels(
         try:
             query, document, score = columns
             value = int(score)
+            if abs(value) > 1_000_000:
+                raise ValueError("score out of range")
         except ValueError as error:
             raise ValueError(
                 f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>integer score, found {line[:80]!r}"
@@ -102,7 +104,7 @@ def read_qrels(
         if unknown and not skip_unknown:
             raise ValueError(
                 f"{path}:{number}: unknown {' and '.join(unknown)}: complete the folder, or leave such judgements out "
-                "with skip_unknown (--skip-unknown)"
+                "(eval/run.py: --skip-unknown)"
             )
         if unknown:
             skipped += unknown

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lens.backbone import position_limit, resolve_device
+from lens.backbone import load_backbone, load_tokenizer, position_limit, resolve_device
 
 
 class Dense:
     """The backbone as it comes, without LENS: mean of the last hidden states over the attention mask, L2-normalised.
 
     `max_length` is in tokens, special tokens included, and at most what the backbone allows; `batch_tokens` bounds
-    the padded tokens of one batch. Raises OSError when the model or its tokenizer cannot be found, ValueError for a
-    device that is not there.
+    the padded tokens of one batch. A decoder stays causal. Raises OSError when the model or its tokenizer
+    cannot be found, ValueError for damaged ones and for a device that is not there.
     """
 
     def __init__(
@@ -32,17 +33,18 @@ class Dense:
         max_length: int = 128,
         batch_tokens: int | None = None,
     ) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._tokenizer = load_tokenizer(os.fspath(path))
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._device = resolve_device(device)
-        model = AutoModel.from_pretrained(path, dtype=getattr(torch, dtype or "float32"))
+        if max_length < 3:
+            raise ValueError(f"max_length must be at least 3 tokens, found {max_length}")
+        model: Any
+        model, _, _ = load_backbone(os.fspath(path), bidirectional=False, dtype=getattr(torch, dtype or "float32"))
         self._model = model.to(self._device).eval()
         self._max_length = min(max_length, position_limit(self._model) or max_length)
         self._batch_tokens = batch_tokens or (4096 if self._device.type == "cpu" else 32768)
-        self.dimensions: int = self._model.config.hidden_size
+        self.dimensions = int(self._model.config.hidden_size)
 
     def encode(self, texts: Sequence[str], label: str = "dense") -> NDArray[np.float32]:
         """Embeddings (n, D) of unit length, in the order of the texts."""

@@ -111,6 +111,8 @@ class LENS:
             raise ValueError(f"output must be 'numpy', 'torch' or 'csr'; found {output!r}")
         if instruction is not None and not isinstance(instruction, str):
             raise TypeError(f"instruction must be a str or None, found {type(instruction).__name__}")
+        if instruction is not None:
+            check_texts([instruction])
         if top_k is not None:
             check_top_k(top_k)
         columns = None if dims is None else check_dims(dims, self.config.dimensions)

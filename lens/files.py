@@ -30,10 +30,12 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, marker: 
     NotADirectoryError when its nearest existing parent cannot hold it.
     """
     path = Path(path)
+    if marker and path.is_file():
+        raise FileExistsError(f"{path} is a file, and a folder is to be written: choose another output")
     if overwrite and marker and path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
         raise FileExistsError(f"{path} holds no {marker}, so it is not overwritten: choose another output")
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-        raise FileExistsError(f"{path} exists and is not empty: choose another output or pass --overwrite")
+        raise FileExistsError(f"{path} exists and is not empty: choose another output, or overwrite it (--overwrite)")
     if path.is_dir() and os.path.ismount(path):
         raise PermissionError(f"cannot write {path}: it is a mount point, which cannot be renamed; name a folder in it")
     parent = path.absolute().parent
@@ -78,6 +80,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False, marker:
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
                 _sync(file)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
@@ -119,7 +122,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -186,8 +189,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error.msg}): {line[:80]!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not valid JSON ({error}): {line[:80]!r}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         if "\\ud" in line.lower():

@@ -116,6 +116,7 @@ class LensModel(nn.Module):
             backbone.save_pretrained(folder)
         elif isinstance(self.backbone, PeftModel):
             self.backbone.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / HEAD_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)  # safetensors' own is for the owner alone
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card or _card(self.config), encoding="utf-8")
 
@@ -179,9 +180,17 @@ def load_model(
     if (folder / "adapter_config.json").is_file():
         try:
             backbone = PeftModel.from_pretrained(backbone, str(folder))
-        except SafetensorError as error:
-            raise ValueError(f"{folder}/adapter_model.safetensors is not whole ({error}); download it again") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{folder}: adapter_config.json or adapter_model.safetensors is damaged ({error})"
+            ) from error
     model = LensModel(backbone, head, config)
+    limit = position_limit(backbone)
+    if limit is not None and max(config.query_max_length, config.document_max_length) > limit:
+        raise ValueError(f"{folder / CONFIG_FILE}: lengths exceed the {limit} positions of the backbone {place}")
+    rows = backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(head.labels) > rows:
+        raise ValueError(f"{folder / HEAD_FILE}: labels for {len(head.labels)} tokens, but the backbone knows {rows}")
     model.backbone_is_own = own_backbone
     model.head.to(dtype)
     return model.eval(), tokenizer
@@ -205,7 +214,7 @@ def read_head(path: Path, config: LensConfig) -> LexicalHead:
     shapes = {name: tuple(tensor.shape) for name, tensor in _to_file_names(head.state_dict()).items()}
     tensors = read_tensors(path, shapes)
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor.float()).all()):
             raise ValueError(f"{path}: tensor {name} holds NaN or infinite values; the file is damaged")
     check_labels(labels, config.dimensions, path)
     tensors["weight"] = tensors.pop("centroids")
@@ -215,7 +224,9 @@ def read_head(path: Path, config: LensConfig) -> LexicalHead:
 
 def check_labels(labels: Tensor, clusters: int, path: Path) -> None:
     """Raises ValueError unless labels are integers in -1 ... clusters-1."""
-    if labels.is_floating_point() or int(labels.min()) < -1 or int(labels.max()) >= clusters:
+    if len(labels) == 0 or labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{path}: labels must be int32, one for every token; found {len(labels)} of {labels.dtype}")
+    if int(labels.min()) < -1 or int(labels.max()) >= clusters:
         raise ValueError(
             f"{path}: labels must be whole numbers from -1 to {clusters - 1}, found {labels.dtype} from "
             f"{labels.min().item()} to {labels.max().item()}"
@@ -263,6 +274,7 @@ def build_model(
         labels = torch.arange(facts["dimensions"], dtype=torch.int32)
     else:
         state = {"weight": centroids}
+    backbone_vocabulary = backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     limit = position_limit(backbone)
     for name in ("query_max_length", "document_max_length"):
         if limit is not None and settings.get(name, 0) > limit:
@@ -275,7 +287,13 @@ def build_model(
     config = LensConfig.from_dict(facts)
     head = LexicalHead(config, labels)
     head.load_state_dict({**head.state_dict(), **state})
+    vocabulary = backbone_vocabulary if clusters is not None else len(labels)
     model = LensModel(backbone, head.to(dtype), config)
+    if len(labels) != vocabulary:
+        raise ValueError(
+            f"{clusters}: labels for {len(labels)} tokens, but the backbone {base} knows {vocabulary}: "
+            "take clusters that were made from this backbone"
+        )
     return model.eval(), tokenizer
 
 

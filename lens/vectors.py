@@ -84,6 +84,8 @@ def save_embeddings(path: str | os.PathLike[str], embeddings: Any, ids: Sequence
     """Writes embeddings (N, K) and the ids of their texts atomically: .npz (CSR, as scipy.sparse.load_npz reads it,
     plus `ids`) or .safetensors (dense `embeddings`, ids in the metadata). Raises ValueError for other endings."""
     ending = embeddings_ending(path)
+    if len(ids) != embeddings.shape[0]:
+        raise ValueError(f"{len(ids)} ids do not fit {embeddings.shape[0]} embeddings")
     with atomic_file(path, overwrite) as temporary:
         if ending == ".npz":
             csr = to_csr(embeddings)
@@ -112,12 +114,14 @@ def load_embeddings(path: str | os.PathLike[str]) -> tuple[scipy.sparse.csr_matr
         if ending == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 csr = scipy.sparse.csr_matrix((file["data"], file["indices"], file["indptr"]), shape=file["shape"])
-                return csr, [str(name) for name in file["ids"]]
-        with safe_open(str(path), framework="pt") as file:
-            ids = json.loads((file.metadata() or {})["ids"])
-        csr = to_csr(load_file(path)["embeddings"])
-        if len(ids) != csr.shape[0]:
-            raise ValueError(f"{len(ids)} ids for {csr.shape[0]} rows")
+                ids = [str(name) for name in file["ids"]]
+            csr.check_format(full_check=True)  # indices out of range would crash, not raise, in a product
+        else:
+            with safe_open(str(path), framework="pt") as file:
+                ids = json.loads((file.metadata() or {})["ids"])
+            csr = to_csr(load_file(path)["embeddings"])
+        if len(ids) != csr.shape[0] or not np.isfinite(csr.data).all():
+            raise ValueError(f"{len(ids)} ids for {csr.shape[0]} rows, or values that are not finite")
         return csr, ids
     except Exception as error:
         raise ValueError(f"{path} holds no embeddings as `lens encode` writes them ({error})") from error

@@ -53,7 +53,7 @@ def answer(model: Any, questions: list[str], corpus: dict[str, str], relevant: l
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the program; returns 0, or 1 after one line on standard error."""
+    """Runs the program; returns 0, or 2 after one line on standard error."""
     description, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(options.output, {"answers": answer(lens.load(options.model), questions, corpus, relevant)})
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

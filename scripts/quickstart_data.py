@@ -366,19 +366,24 @@ def own_folder(path: Path, seed: int, limit: int = TRAIN_PAIRS) -> tuple[Folder,
     )
 
 
-def build(output: Path, data: Path | None, seed: int, root: Path | None = None) -> dict[str, Any]:
+def build(
+    output: Path, data: Path | None, seed: int, root: Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Writes train/, heldout/ and data.json into `output`, all or nothing, and returns the content of data.json.
 
     `data` is the user's folder, None the standard library under `root` (default: the running Python's). An old
-    `output` is replaced.
+    `output` of this program is replaced with `overwrite`. Raises FileExistsError otherwise.
     """
+    check_output(output, overwrite, "data.json")
+    if data is not None and output.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"--output {output} lies in the folder --data that is read: choose another place")
     if data is not None:
         train, heldout, summary = own_folder(data, seed)
     else:
         train, heldout, summary = standard_library(root or Path(sysconfig.get_path("stdlib")), seed)
     summary |= {"python": platform.python_version(), "seed": seed}
     summary |= {"train": train.counts(), "heldout": heldout.counts()}
-    with atomic_folder(output, overwrite=True) as temporary:
+    with atomic_folder(output, overwrite, "data.json") as temporary:
         train.write(temporary / "train")
         heldout.write(temporary / "heldout")
         write_json(temporary / "data.json", summary)
@@ -397,10 +402,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     options = parser.parse_args(arguments)
     try:
-        summary = build(check_output(options.output, options.overwrite), options.data, options.seed)
+        summary = build(options.output, options.data, options.seed, overwrite=options.overwrite)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"{summary['source']} -> {options.output}{os.sep}")
     for name in ("train", "heldout"):
         counts = summary[name]

@@ -85,7 +85,7 @@ def test_causal_when_asked_for(mistral, mistral_clusters):
     mask = torch.ones_like(ids)
     difference = (states(causal, ids, mask) - states(causal, changed, mask)).abs().amax(2)
     assert float(difference[:, :5].max()) == 0.0
-    with pytest.raises(RuntimeError, match="is causal although bidirectional=True"):
+    with pytest.raises(ValueError, match="is causal although bidirectional=True"):
         check_attention(causal.model.backbone, True)
 
 

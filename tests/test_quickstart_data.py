@@ -216,7 +216,7 @@ def test_bad_input_gets_one_line(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str, message: str
 ) -> None:
     (own / file).write_text(content)
-    assert data.main(["--output", str(tmp_path / "out"), "--data", str(own)]) == 1
+    assert data.main(["--output", str(tmp_path / "out"), "--data", str(own)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error)
@@ -226,7 +226,7 @@ def test_bad_input_gets_one_line(
 def test_an_output_in_the_way_is_kept(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    assert data.main(["--output", str(tmp_path / "out"), "--data", str(own)]) == 1
+    assert data.main(["--output", str(tmp_path / "out"), "--data", str(own)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
     assert read_texts(own)[0] == [f"d{i}" for i in range(7)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -147,6 +148,8 @@ class Recipe:
         for name in ("temperature", "kd_temperature", "learning_rate", "epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.epochs > 1e6 or not 0 <= self.seed < 2**32:
+            raise ValueError(f"epochs must be at most 1e6, seed from 0 to 2**32 - 1; found {self.epochs}, {self.seed}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
         if self.max_steps is not None and self.max_steps < 1:
@@ -185,10 +188,12 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             if isinstance(items, list | tuple) and all(isinstance(entry, str) for entry in items):
                 return tuple(items)
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            if math.isfinite(value):
+                return float(value)
         elif option is float and isinstance(value, str):
             try:  # YAML 1.1 reads 1e-4 as a string
-                return float(value)
+                if math.isfinite(float(value)):
+                    return float(value)
             except ValueError:
                 continue
         elif option in (bool, int, str) and type(value) is option:
@@ -197,7 +202,13 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _accepted(options: Sequence[Any]) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a finite number",
+        str: "a string",
+        type(None): "null",
+    }
     texts = []
     for option in options:
         if typing.get_origin(option) is Literal:
@@ -218,7 +229,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise FileNotFoundError(f"recipe {path} does not exist")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected fields and values, found {type(values).__name__}")
@@ -236,7 +247,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Turns `--field value ...` and `--field=value` into a mapping; values are read as YAML.
+    """Turns `--field value ...` and `--field=value` into a mapping; numbers, true, false and null are read as YAML,
+    texts and paths are taken as they stand (`null` and, for lists, `[]` excepted).
 
     Several values make a list. `--local_rank`, which launchers add, is dropped. Raises ValueError for a value
     without a field and a field without a value.
@@ -248,11 +260,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if argument.startswith("--"):
             name, separator, value = argument[2:].partition("=")
             name = name.replace("-", "_")
-            values[name] = [yaml.safe_load(value)] if separator else []
+            values[name] = [_value(name, value)] if separator else []
         elif name is None:
             raise ValueError(f"{argument!r} follows no --field")
         else:
-            values[name].append(yaml.safe_load(argument))
+            values[name].append(_value(name, argument))
     for field_name, found in values.items():
         if field_name in ("local_rank", "local-rank"):
             continue
@@ -260,3 +272,19 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--{field_name} needs a value")
         overrides[field_name] = found[0] if len(found) == 1 else found
     return overrides
+
+
+def _value(name: str, text: str) -> Any:
+    """A command-line value by its field's type: paths and names stay as they are, whatever YAML would make of them."""
+    hint = typing.get_type_hints(Recipe).get(name, str)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if text == "null" and type(None) in options:
+        return None
+    if text == "[]" and any(typing.get_origin(option) is tuple for option in options):
+        return []
+    if not {bool, int, float} & set(options):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

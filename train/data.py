@@ -89,7 +89,7 @@ def _example(row: dict[str, Any], group_size: int) -> Example:
         if values is not None and (
             not isinstance(values, list)
             or len(values) != len(texts)
-            or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+            or not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30 for v in values)
         ):
             raise ValueError(f"`{name}` must be null or {len(texts)} finite numbers, found {values!r:.80}")
         scores.append(values)

@@ -12,6 +12,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,11 +23,12 @@ from lens.corpus import Beir, read_beir
 from lens.files import atomic_file, check_output
 from lens.search.bm25 import BM25
 from lens.search.exact import top
+from lens.text import check_texts
 
 
 def mine(
     data: Beir, negatives: int, depth: int, skip: int, seed: int, prompt: str | None = None
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """One example per judged query: all its positives, and `negatives` passages drawn from BM25 ranks skip to depth.
 
     Passages judged relevant to the query, and passages of the same text, are never negatives. When the ranks give
@@ -35,8 +37,18 @@ def mine(
     ids, texts = list(data.corpus), list(data.corpus.values())
     positions = {name: i for i, name in enumerate(ids)}
     index = BM25(texts)
+    blank = [name for name in data.queries if not data.queries[name].strip()]
+    blank += [
+        name
+        for judged in data.qrels.values()
+        for name, s in judged.items()
+        if s > 0 and not texts[positions[name]].strip()
+    ]
+    if blank:
+        raise ValueError(f"{data.name}: {len(blank)} judged queries or documents are empty (first: {blank[0]!r})")
+    filled = list(dict.fromkeys(text for text in texts if text.strip()))
     rng = random.Random(seed)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     queries = [(query, judged) for query, judged in data.qrels.items() if any(s > 0 for s in judged.values())]
     block = max(1, (1 << 24) // max(len(texts), 1))
     for start in tqdm(range(0, len(queries), block), desc="mine", unit="block", leave=False):
@@ -47,14 +59,11 @@ def mine(
             positive = [positions[document] for document, score in judged.items() if score > 0]
             banned = {texts[i] for i in positive}
             pool = [int(i) for i, v in zip(order[skip:], value[skip:], strict=True) if v > 0]
-            distinct = list(dict.fromkeys(texts[i] for i in pool if texts[i] not in banned))
+            distinct = list(dict.fromkeys(texts[i] for i in pool if texts[i].strip() and texts[i] not in banned))
             chosen = rng.sample(distinct, min(negatives, len(distinct)))
-            for _ in range(50 * negatives):  # ends even where no other passage is left
-                if len(chosen) == negatives:
-                    break
-                text = texts[rng.randrange(len(texts))]
-                if text and text not in banned and text not in chosen:
-                    chosen.append(text)
+            if len(chosen) < negatives:
+                others = [text for text in filled if text not in banned and text not in set(chosen)]
+                chosen += rng.sample(others, min(negatives - len(chosen), len(others)))
             rows.append(
                 {
                     "query": data.queries[query],
@@ -90,6 +99,10 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{options.negatives}, {options.depth}, {options.skip}"
             )
         check_output(options.output, options.overwrite)
+        if Path(options.output).resolve().is_relative_to(Path(options.beir).resolve()):
+            raise ValueError(f"--output {options.output} lies in the folder --beir that is read: choose another place")
+        if options.prompt is not None:
+            check_texts([options.prompt])
         data = read_beir(options.beir, options.split)
         rows = mine(data, options.negatives, options.depth, options.skip, options.seed, options.prompt)
         if not rows:
@@ -97,9 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
         with atomic_file(options.output, options.overwrite) as temporary:
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     except (ValueError, OSError, ImportError) as error:
-        print(f"train/mine.py: {error}", file=sys.stderr)
+        print(f"train/mine.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{len(rows):,} examples with {options.negatives} hard negatives each in {options.output}")
+    fewest = min(len(row["neg"]) for row in rows)
+    print(f"{len(rows):,} examples with {fewest} hard negatives or more in {options.output}")
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from filelock import FileLock, Timeout
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments, set_seed
 
@@ -73,13 +75,36 @@ def train(recipe: Recipe) -> None:
 
     Raises ValueError, FileNotFoundError and FileExistsError before long work starts.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
+    if rank != 0:
+        _train(recipe, output)
+        return
+    check_run(recipe, output)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output.absolute().with_name(f".{output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FileExistsError(f"another run is writing to {output}: wait for it, or choose another output") from error
+    try:
+        _train(recipe, output)
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _train(recipe: Recipe, output: Path) -> None:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if check_run(recipe, output) == "finished":
         _say(rank, f"{output} holds the finished model of this recipe; nothing to do")
         return
+    known = ("tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "trackio", "swanlab", "neptune")
     for tracker in recipe.report_to:
-        require("train", *(["tensorboard"] if tracker == "tensorboard" else []))
+        if tracker not in known:
+            raise ValueError(f"report_to must name trackers of {', '.join(known)}; found {tracker!r}")
+        if importlib.util.find_spec(tracker) is None:
+            raise ImportError(f"report_to: {tracker} is not installed; run: pip install {tracker}")
     sources = [read_examples(path, recipe.group_size) for path in recipe.data]
     teacher = TeacherEmbeddings(recipe.teacher_embeddings, sources) if recipe.teacher_embeddings else None
     arguments = training_arguments(recipe, world_size)

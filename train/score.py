@@ -36,7 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_output(options.output, options.overwrite)
+        places = [Path(name).resolve() for name in (options.data, options.output, options.embeddings) if name]
+        if len(set(places)) != len(places):
+            raise ValueError("--data, --output and --embeddings must be different files")
         if options.embeddings:
+            if not options.embeddings.endswith(".safetensors"):
+                raise ValueError(f"--embeddings must end in .safetensors, found {options.embeddings}")
             check_output(options.embeddings, options.overwrite)
         examples = read_examples(options.data)
         teacher = Dense(options.model, device=options.device, max_length=options.max_length)
@@ -56,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
                     row[name] = [round(float(vectors[item.query] @ vectors[passage]), 6) for passage in passages]
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except (ValueError, OSError, ImportError) as error:
-        print(f"train/score.py: {error}", file=sys.stderr)
+        print(f"train/score.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{len(examples):,} examples scored in {options.output}")
     return 0
