@@ -2,8 +2,9 @@
 
     python benchmarks/retrieval.py --quickstart runs/quickstart --beir DIR [DIR ...]
 
-Takes the quick start's own evaluation of its held-out part, runs eval/run.py on each further folder with the same model,
-and BM25 with and without stems; writes benchmarks/results/retrieval.json and, from it, docs/results.md. `--page` writes the page only.
+Takes the quick start's own evaluation of its held-out part, runs eval/run.py on each further folder with the same
+model, and BM25 with and without stems; writes benchmarks/results/retrieval.json and, from it, docs/results.md.
+`--page` writes the page only.
 """
 
 from __future__ import annotations
