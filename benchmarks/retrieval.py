@@ -85,6 +85,23 @@ def comparisons(data: dict[str, Any], measure: str = "nDCG@10") -> list[str]:
     return lines
 
 
+def verdict(heldout: dict[str, Any]) -> str:
+    """What the comparison of LENS with BM25 says, in a sentence."""
+    row = next(
+        row
+        for row in heldout["comparisons"]
+        if (row["system"], row["other"], row["measure"]) == ("LENS", "bm25", "nDCG@10")
+    )
+    scores = {name: heldout["systems"][name]["nDCG@10"] for name in ("dense", "bm25")}
+    if row["p"] < 0.05:
+        return f"LENS differs from BM25 by {row['difference']:+.3f} (p = {row['p']:.3f})."
+    return (
+        f"LENS-mini does not beat BM25 on this task (p = {row['p']:.2f}), nor does its backbone: BM25 with stems "
+        f"reaches {scores['bm25']:.3f}, the dense backbone {scores['dense']:.3f}. LENS-mini learns from that backbone's own "
+        "similarities on few texts, so it comes near the backbone and not beyond it. What it adds shows in the sums."
+    )
+
+
 def page(content: dict[str, Any]) -> str:
     """docs/results.md."""
     report = content["quickstart"]
@@ -112,6 +129,8 @@ def page(content: dict[str, Any]) -> str:
         "Paired differences of nDCG@10 on the held-out summaries (randomisation test, bootstrap interval):",
         "",
         *comparisons(heldout),
+        "",
+        verdict(heldout),
         "",
         f"The whole run took {total / 60:.1f} minutes and {report['peak_rss_mb']:,.0f} MB of memory at most:",
         "",
