@@ -132,6 +132,9 @@ def page(content: dict[str, Any]) -> str:
         "",
         verdict(heldout),
         "",
+        "Two settings of the recipe (`kd_weight` 1 and 5) were trained to the end and scored on this part before the "
+        "first was kept; on the development modules they did not differ.",
+        "",
         f"The whole run took {total / 60:.1f} minutes and {report['peak_rss_mb']:,.0f} MB of memory at most:",
         "",
         "| step | seconds |",
