@@ -97,8 +97,8 @@ def verdict(heldout: dict[str, Any]) -> str:
         return f"LENS differs from BM25 by {row['difference']:+.3f} (p = {row['p']:.3f})."
     return (
         f"LENS-mini does not beat BM25 on this task (p = {row['p']:.2f}), nor does its backbone: BM25 with stems "
-        f"reaches {scores['bm25']:.3f}, the dense backbone {scores['dense']:.3f}. LENS-mini learns from its "
-        "own similarities on few texts, so it comes near the backbone and not beyond it. Its gain shows in the sums."
+        f"reaches {scores['bm25']:.3f}, the dense backbone {scores['dense']:.3f}. LENS-mini learns from the "
+        "backbone on few texts, so it comes near it and not beyond. Its gain shows in the sums."
     )
 
 
