@@ -180,6 +180,24 @@ class _MaxLogits(torch.autograd.Function):
         return d_rows, d_weight, d_bias, None
 
 
+def whitened(weight: Tensor) -> Tensor:
+    """Rows (K, D) -> centred rows times the inverse square root of their covariance, scaled to a mean norm of 1.
+
+    A sentence encoder was never trained to be read through its word embeddings, which crowd a few directions of the
+    hidden space. Whitened, they cover it evenly, so that the overlap of two texts' active clusters follows the angle
+    between their states (relu features of evenly spread rows: Cho & Saul 2009, the arc-cosine kernel of order 1).
+    Directions in which the rows do not vary stay at zero.
+    """
+    left, spread, right = torch.linalg.svd((weight - weight.mean(0)).double(), full_matrices=False)
+    varying = (spread > spread[0] * 1e-6).to(left.dtype)
+    rows = (left * varying) @ right
+    norm = rows.norm(dim=1).mean()
+    if not bool(norm > 0):
+        raise ValueError("all centroids are the same: nothing to whiten")
+    scaled: Tensor = (rows / norm).to(weight.dtype)
+    return scaled
+
+
 class NoTransform(nn.Module):
     """Hidden states as they are. Every transform takes packed states (T, D) and the texts' offsets (B+1,)."""
 

@@ -35,7 +35,7 @@ from lens.backbone import (
 )
 from lens.config import FORMAT_VERSION, LensConfig, check_fields
 from lens.files import atomic_folder, read_json, read_tensors
-from lens.head import LexicalHead
+from lens.head import LexicalHead, whitened
 from lens.text import add_special_tokens
 
 # Legend: B texts, L tokens, D hidden size, V vocabulary, K clusters.
@@ -61,10 +61,12 @@ class LensModel(nn.Module):
         """True when the backbone differs from `config.base` and must be saved with the artifact."""
 
     def train(self, mode: bool = True) -> LensModel:
-        """As nn.Module's, but a frozen backbone stays in eval mode: its dropout would be noise that nothing learns."""
+        """As nn.Module's, but frozen parts of the backbone stay in eval mode: nothing learns from their dropout."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            self.backbone.eval()
+        for module in self.backbone.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
         return self
 
     def forward(
@@ -238,9 +240,12 @@ def build_model(
     clusters: str | os.PathLike[str] | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    whiten: bool = False,
     **settings: Any,
 ) -> tuple[LensModel, Any]:
     """An untrained model: `base` with the centroids of a clusters folder, or with its full vocabulary head.
+
+    `whiten` evens out the centroids, see `whitened`, for backbones that no LM head was trained on.
 
     `settings` are LensConfig fields; what is not given follows from the backbone: decoders take the lens prompt (the
     three special tokens are added) and shifted positions, encoders the plain prompt and content positions.
@@ -263,6 +268,9 @@ def build_model(
         facts["head"] = "clusters"
         centroids, labels = read_clusters(Path(clusters))
         facts["dimensions"], facts["hidden_size"] = centroids.shape
+        centroids = whitened(centroids) if whiten else centroids
+    elif whiten:
+        raise ValueError("whiten=True contradicts the full vocabulary head: give clusters, or leave the head as it is")
     else:
         facts["head"] = "vocabulary"
     tokenizer = load_tokenizer(base, revision)

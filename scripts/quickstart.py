@@ -2,7 +2,7 @@
 
     python scripts/quickstart.py                              # on the documentation of Python's standard library
     python scripts/quickstart.py --data MY_BEIR               # on your own folder in BEIR layout
-    python scripts/quickstart.py -- --max_steps 200          # what follows -- goes to train/run.py
+    python scripts/quickstart.py -- --max_steps 300          # what follows -- goes to train/run.py
 
 Every step is a call of one of the project's programs, printed so that you can repeat it by hand from the checkout.
 A step is skipped when its output is there and its command, its inputs and the steps before it are unchanged.

@@ -14,7 +14,7 @@ shows why each answer matched. A second call runs only what is missing or change
 --output DIR   where everything goes (default: runs/quickstart; the report is report.html in it)
 --k N          number of token clusters, the width of an embedding (default: 4000)
 --restart      run every step again
--- ...         the rest goes to train/run.py, for example: -- --max_steps 200
+-- ...         the rest goes to train/run.py, for example: -- --max_steps 300
 
 LENS_VENV      the virtual environment (default: .venv in the checkout)
 PYTHON         the Python to make it with (default: the newest of python3.13, python3.12, python3.11, python3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lens.config import LensConfig
-from lens.head import ContextTransform, LexicalHead, _column_chunks, lexical_pool
+from lens.head import ContextTransform, LexicalHead, _column_chunks, lexical_pool, whitened
 
 
 def naive(hidden, weight, bias, lengths, pooling):
@@ -182,6 +182,32 @@ def test_context_transform_adds_each_texts_own_mean():
     rows, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
     alone = torch.cat([head(rows[:1, :3]), head(rows[1:, 2:])])
     torch.testing.assert_close(head(rows, mask), alone)  # neither padding nor the neighbour is mixed in
+
+
+def test_whitened_rows_cover_every_direction_alike():
+    generator = torch.Generator().manual_seed(0)
+    crowded = torch.randn(40, 6, generator=generator) @ torch.randn(6, 6, generator=generator) ** 3 + 5
+    rows = whitened(crowded)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(6), rtol=0, atol=1e-5)
+    assert rows.norm(dim=1).mean() == pytest.approx(1, abs=1e-5)
+    square = rows.T @ rows
+    torch.testing.assert_close(square / square[0, 0], torch.eye(6), rtol=0, atol=1e-4)
+    # the same by another road: the inverse square root from the covariance's eigenvectors
+    centred = (crowded - crowded.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    expected = centred @ vectors @ torch.diag(values**-0.5) @ vectors.T
+    torch.testing.assert_close(rows.double(), expected / expected.norm(dim=1).mean(), rtol=0, atol=1e-4)
+
+
+def test_whitening_leaves_out_directions_without_spread():
+    flat = torch.cat([torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.full((9, 2), 4.0)], 1)
+    rows = whitened(flat)
+    assert rows[:, 3:].abs().max() < 1e-5
+    few = whitened(torch.eye(4)[:3])  # fewer rows than directions
+    assert torch.isfinite(few).all()
+    torch.testing.assert_close(few.norm(dim=1), torch.ones(3))
+    with pytest.raises(ValueError, match="nothing to whiten"):
+        whitened(torch.ones(5, 3))
 
 
 def test_residual_transform_starts_as_the_identity():

@@ -49,6 +49,7 @@ def settings(base, clusters, pairs, output, **changes):
 LORA = {"backbone": "lora", "lora_r": 4, "train_head": "true"}
 FROZEN = {"backbone": "frozen", "transform": "residual", "train_head": "true"}
 FULL = {"backbone": "full", "lora_dropout": 0.0}
+TOP = {"backbone": "top", "whiten": "true", "train_head": "true", "transform": "context"}
 
 
 @pytest.fixture
@@ -67,9 +68,9 @@ def weights_of(output):
     return {f"{path.name}:{name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("mode", ["lora", "frozen", "full"])
+@pytest.mark.parametrize("mode", ["lora", "frozen", "full", "top"])
 def test_stopped_and_continued_equals_uninterrupted(mode, empty, mistral, mistral_clusters, pairs, tmp_path, capsys):
-    changes = {"lora": LORA, "frozen": FROZEN, "full": FULL}[mode]
+    changes = {"lora": LORA, "frozen": FROZEN, "full": FULL, "top": TOP}[mode]
 
     def go(output, *extra):
         return train([empty, *settings(mistral, mistral_clusters, pairs, output, **changes), *extra])
@@ -122,6 +123,22 @@ def test_cached_states_train_as_computed_ones_do(empty, bert, bert_clusters, pai
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02)  # states are kept in float16, and dropout is off
 
 
+def test_last_layers_on_cached_states_train_as_in_the_whole_backbone(empty, mistral, mistral_clusters, pairs, tmp_path):
+    for name, cached in (("cached", "true"), ("computed", "false")):
+        arguments = settings(mistral, mistral_clusters, pairs, tmp_path / name, cache_hidden=cached, **TOP)
+        assert train([empty, *arguments]) == 0
+    for one, other in zip(log_of(tmp_path / "cached"), log_of(tmp_path / "computed"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)  # states are kept in float16
+    before, after = load_file(mistral / "model.safetensors"), load_file(tmp_path / "cached" / "model.safetensors")
+    before = {name.removeprefix("model."): tensor for name, tensor in before.items()}
+    rows = len(before["embed_tokens.weight"])  # the three special tokens are added below them
+    after["embed_tokens.weight"] = after["embed_tokens.weight"][:rows]
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved
+    assert all(name.startswith("layers.1.") for name in moved)
+    assert not list((tmp_path / "cached").glob("hidden*"))
+
+
 def test_runs_that_cannot_start_say_why_in_one_line(empty, bert, bert_clusters, pairs, tmp_path, capsys):
     def fails(message, *extra, **changes):
         capsys.readouterr()
@@ -139,6 +156,8 @@ def test_runs_that_cannot_start_say_why_in_one_line(empty, bert, bert_clusters, 
     fails("lora_targets q_proj", backbone="lora")
     fails("does not exist", base=tmp_path / "gone" / "model")
     fails("is more than the 128 positions", document_max_length=500)
+    fails("top_layers must be from 1 to 1, found 2", backbone="top", top_layers=2)
+    fails("contradicts the full vocabulary head", clusters="null", whiten="true")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")

@@ -33,6 +33,8 @@ class Recipe:
     revision: str | None = None
     """Commit of the backbone on the hub."""
 
+    whiten: bool = False
+    """Whether the centroids are whitened before training: for sentence encoders, which have no LM head."""
     transform: Transform | None = None
     """Layer between hidden states and head, see LensConfig; None: the MLM head's own where it has one, else none."""
     pooling: Pooling = "max"
@@ -52,8 +54,10 @@ class Recipe:
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2, ...; None leaves the choice to transformers."""
 
-    backbone: Literal["frozen", "lora", "full"] = "lora"
-    """What is trained of the backbone."""
+    backbone: Literal["frozen", "top", "lora", "full"] = "lora"
+    """What is trained of the backbone; `top`: its last layers."""
+    top_layers: int = 1
+    """Layers that backbone=top trains."""
     train_head: bool = False
     """Whether centroids (and bias) are trained; a transform always is."""
     lora_r: int = 32
@@ -124,10 +128,10 @@ class Recipe:
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
     cache_hidden: bool = True
-    """With backbone=frozen: compute the hidden states of all texts once, keep them in a file (2 bytes a value) in
-    `output` and train the head on them."""
+    """With backbone=frozen or top: compute the states of all texts up to the first trained layer once, keep them in a
+    file (2 bytes a value) in `output` and train on them."""
     include_backbone: bool = False
-    """Whether the finished artifact holds the backbone's weights even when it was not fully trained."""
+    """Whether the finished artifact holds the backbone's weights even when they are the base's or an adapter's."""
     device: str | None = None
     """cpu, cuda or mps; None: the first GPU there is, else the CPU."""
 
@@ -136,9 +140,9 @@ class Recipe:
         for item in dataclasses.fields(self):
             object.__setattr__(self, item.name, _typed(item.name, getattr(self, item.name), hints[item.name]))
         at_least = {
-            "group_size": 1, "batch_size": 1, "gradient_accumulation": 1, "lora_r": 1, "lora_alpha": 1,
-            "warmup_steps": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1, "workers": 0,
-            "query_max_length": 4, "document_max_length": 4, "kd_weight": 0.0, "weight_decay": 0.0,
+            "group_size": 1, "batch_size": 1, "gradient_accumulation": 1, "top_layers": 1, "lora_r": 1,
+            "lora_alpha": 1, "warmup_steps": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
+            "workers": 0, "query_max_length": 4, "document_max_length": 4, "kd_weight": 0.0, "weight_decay": 0.0,
             "max_grad_norm": 0.0,
         }  # fmt: skip
         for name, limit in at_least.items():
@@ -166,6 +170,8 @@ class Recipe:
                 )
             if self.gradient_checkpointing:
                 raise ValueError("gradient_checkpointing contradicts backbone=frozen: there is nothing to recompute")
+        if self.whiten and self.clusters is None:
+            raise ValueError("whiten=true contradicts the full vocabulary head: give clusters, or whiten: false")
         if self.group_size == 1 and not self.in_batch_negatives:
             raise ValueError("group_size=1 contradicts in_batch_negatives=false: no negative is left")
 

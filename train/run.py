@@ -34,6 +34,7 @@ from train.config import Recipe, load_recipe, parse_overrides
 from train.data import Batches, TeacherEmbeddings, read_examples
 from train.sampler import Schedule
 from train.states import compute_states, keys_of
+from train.top import TopLayers
 from train.trainer import LensTrainer, whole_checkpoints
 
 RECIPE_FILE = "recipe.json"
@@ -116,15 +117,16 @@ def _train(recipe: Recipe, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, {**recipe.resolved(), "inputs": inputs_of(recipe)})
     _say(rank, _summary(recipe, model, sources, schedule))
-    store = None
-    if recipe.backbone == "frozen" and recipe.cache_hidden:
+    store = top = None
+    if recipe.backbone in ("frozen", "top") and recipe.cache_hidden:
+        top = TopLayers(model.backbone, recipe.top_layers) if recipe.backbone == "top" else None
         model.backbone.to(arguments.device)
         with arguments.main_process_first(local=False):
-            store = compute_states(model, text, keys_of(sources), output / STATES_FILE)
+            store = compute_states(model, text, keys_of(sources), output / STATES_FILE, top)
     batches = Batches(
         sources, schedule, text, recipe.group_size, recipe.in_batch_negatives, rank, world_size, store, teacher
     )
-    trainer = LensTrainer(model, tokenizer, batches, recipe, arguments)
+    trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top)
     checkpoint = next(reversed(whole_checkpoints(output)), None)
     if checkpoint is not None:
         _say(rank, f"going on from {checkpoint}")
@@ -245,10 +247,16 @@ def build(recipe: Recipe) -> tuple[LensModel, Any]:
         if getattr(recipe, name) is not None
     }  # fmt: skip
     model, tokenizer = build_model(
-        recipe.base, recipe.clusters, attn_implementation=recipe.attn_implementation, **settings
+        recipe.base,
+        recipe.clusters,
+        attn_implementation=recipe.attn_implementation,
+        whiten=recipe.whiten,
+        **settings,
     )
     model.backbone.requires_grad_(recipe.backbone == "full")
-    model.backbone_is_own = recipe.backbone == "full"
+    model.backbone_is_own = recipe.backbone in ("full", "top")
+    if recipe.backbone == "top":
+        TopLayers(model.backbone, recipe.top_layers).layers.requires_grad_(True)
     if recipe.backbone == "lora":
         model.backbone = _add_lora(model, tokenizer, recipe)
     for name, parameter in model.head.named_parameters():

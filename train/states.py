@@ -1,6 +1,7 @@
-"""Hidden states of a frozen backbone, computed once and kept in a file, so that training the head alone is fast.
+"""Hidden states of frozen layers, computed once and kept in a file, so that training what lies above them is fast.
 
-Only pooled positions are kept, in float16: (T, D) for T tokens of all distinct texts.
+Kept in float16, (T, D) for T tokens of all distinct texts: the final states of pooled positions where the whole
+backbone is frozen, the states below its last layers, of all positions, where those are trained (train/top.py).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from lens.files import read_json, write_json
 from lens.model import LensModel
 from lens.text import TextProcessor
 from train.data import Example, tokenize
+from train.top import TopLayers
 
-# Legend: T pooled tokens of all texts, D hidden size.
+# Legend: B texts, T kept tokens of all texts, D hidden size.
 
 Key = tuple[str, Any, str | None]  # text, kind, instruction
 
@@ -41,37 +43,60 @@ def keys_of(sources: Sequence[Sequence[Example]]) -> list[Key]:
 
 
 class HiddenStates:
-    """The file of hidden states, addressed by text."""
+    """The file of hidden states, addressed by text. `spans` are the pooled positions of texts kept whole, else None."""
 
-    def __init__(self, path: Path, keys: Sequence[Key], lengths: Sequence[int], width: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keys: Sequence[Key],
+        lengths: Sequence[int],
+        width: int,
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self.index = {key: i for i, key in enumerate(keys)}
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.spans = spans
         self.path, self.shape = path, (int(self.offsets[-1]), width)
         self.states = np.memmap(path, dtype=np.float16, mode="r", shape=self.shape)
 
     def batch(self, texts: Sequence[Key]) -> dict[str, Tensor]:
-        """Packed states (T, D) float32 of the texts, in order, and their offsets."""
+        """Packed states (T, D) float32 of the texts, in order, and their offsets cu_seqlens (B+1,).
+
+        They are named `hidden` where they are final, `below` where the last layers are still to come; `pooled` (T,)
+        then says which of their positions are pooled.
+        """
         rows = [self.index[key] for key in texts]
         parts = [self.states[self.offsets[i] : self.offsets[i + 1]] for i in rows]
         lengths = [0, *(len(part) for part in parts)]
-        return {
-            "hidden": torch.from_numpy(np.concatenate(parts).astype(np.float32)),
-            "cu_seqlens": torch.tensor(lengths).cumsum(0),
-        }
+        states = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+        batch = {"cu_seqlens": torch.tensor(lengths).cumsum(0)}
+        if self.spans is None:
+            return {"hidden": states, **batch}
+        pooled = torch.zeros(len(states), dtype=torch.bool)
+        for first, row in zip(batch["cu_seqlens"].tolist(), rows, strict=False):
+            start, end = self.spans[row]
+            pooled[first + start : first + end] = True
+        return {"below": states, "pooled": pooled, **batch}
 
 
 @torch.inference_mode()
 def compute_states(
-    model: LensModel, text: TextProcessor, keys: Sequence[Key], path: Path, batch_tokens: int = 8192
+    model: LensModel,
+    text: TextProcessor,
+    keys: Sequence[Key],
+    path: Path,
+    top: TopLayers | None = None,
+    batch_tokens: int = 8192,
 ) -> HiddenStates:
     """Computes the states of `keys` with the model's backbone, or takes them from `path` when they are the same.
 
-    Raises OSError when the disk is full.
+    With `top` they are those below its layers. Raises OSError when the disk is full.
     """
     tokens = tokenize(text, keys)
-    lengths = [item.end - item.start for item in tokens]
+    kept = [(item.start, item.end) if top is None else (0, len(item.ids)) for item in tokens]
+    lengths = [end - start for start, end in kept]
     width = model.config.hidden_size
-    digest = hashlib.sha256(repr((model.config.to_dict(), width)).encode())
+    digest = hashlib.sha256(repr((model.config.to_dict(), width, top and len(top.layers))).encode())
     for item in tokens:
         digest.update(np.array([item.start, item.end, *item.ids], dtype=np.int64).tobytes())
     stamp, wanted = path.with_suffix(".json"), {"sha256": digest.hexdigest()}
@@ -89,15 +114,18 @@ def compute_states(
                 count = max(1, batch_tokens // len(tokens[order[start]].ids))
                 part = order[start : start + count]
                 batch = text.collate([tokens[i] for i in part])
-                hidden = hidden_states(model.backbone, batch.input_ids.to(device), batch.attention_mask.to(device))
+                ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+                hidden = hidden_states(model.backbone, ids, mask) if top is None else top.below(ids, mask)
                 hidden = hidden.to(torch.float16).cpu()
-                if not bool(torch.isfinite(hidden[batch.pool_mask]).all()):
+                stored = batch.pool_mask if top is None else batch.attention_mask.bool()
+                if not bool(torch.isfinite(hidden[stored]).all()):
                     raise ValueError("hidden states exceed float16 (65504): train with cache_hidden: false")
                 for row, i in enumerate(part):
-                    states[offsets[i] : offsets[i + 1]] = hidden[row, tokens[i].start : tokens[i].end].numpy()
+                    states[offsets[i] : offsets[i + 1]] = hidden[row, slice(*kept[i])].numpy()
                 start += count
                 bar.update(len(part))
         states.flush()
         del states
         write_json(stamp, wanted)
-    return HiddenStates(path, keys, lengths, width)
+    spans = None if top is None else [(item.start, item.end) for item in tokens]
+    return HiddenStates(path, keys, lengths, width, spans)

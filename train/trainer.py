@@ -16,6 +16,7 @@ import torch.distributed as dist
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -27,6 +28,7 @@ from lens.model import HEAD_FILE, LensModel, read_head
 from train.config import Recipe
 from train.data import Batches
 from train.loss import Loss, contrastive_loss
+from train.top import TopLayers
 
 COMPLETE_FILE = "complete.json"  # the last file of a checkpoint; without it the checkpoint is not whole
 LOG_FILE = "training_log.jsonl"
@@ -36,13 +38,22 @@ BACKBONE_FILE = "backbone.safetensors"
 class QueryPassageModel(nn.Module):
     """One forward pass for queries and passages, so that data-parallel wrappers see one call a step."""
 
-    def __init__(self, model: LensModel) -> None:
+    def __init__(self, model: LensModel, top: TopLayers | None = None) -> None:
         super().__init__()
         self.model = model
+        self.top = top
 
     def forward(self, queries: dict[str, Tensor], passages: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Inputs of LensModel for queries and passages -> their embeddings (Q, K) and (Q*P, K)."""
-        return self.model(**queries), self.model(**passages)
+        """Inputs of LensModel, or of `top`, for queries and passages -> their embeddings (Q, K) and (Q*P, K)."""
+        return self._embed(**queries), self._embed(**passages)
+
+    def _embed(self, below: Tensor | None = None, pooled: Tensor | None = None, **inputs: Tensor) -> Tensor:
+        if below is not None and pooled is not None and self.top is not None:
+            ends = F.pad(pooled.cumsum(0), (1, 0))  # pooled positions before each position
+            hidden = self.top(below, inputs["cu_seqlens"])[pooled]
+            inputs = {"hidden": hidden, "cu_seqlens": ends[inputs["cu_seqlens"]]}
+        embeddings: Tensor = self.model(**inputs)
+        return embeddings
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's, but frozen parameters, which checkpoints leave out, may be missing."""
@@ -58,9 +69,15 @@ class LensTrainer(Trainer):
     """Trains a LensModel on Batches by a Recipe. Checkpoints hold adapter, head and optimizer, never frozen weights."""
 
     def __init__(
-        self, model: LensModel, tokenizer: Any, batches: Batches, recipe: Recipe, arguments: TrainingArguments
+        self,
+        model: LensModel,
+        tokenizer: Any,
+        batches: Batches,
+        recipe: Recipe,
+        arguments: TrainingArguments,
+        top: TopLayers | None = None,
     ) -> None:
-        super().__init__(model=QueryPassageModel(model), args=arguments, train_dataset=batches)
+        super().__init__(model=QueryPassageModel(model, top), args=arguments, train_dataset=batches)
         self.lens, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.loss_is_scaled_for_ga = False
         self.remove_callback(PrinterCallback)
