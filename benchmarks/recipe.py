@@ -27,7 +27,7 @@ RECIPE = "train/recipes/lens-mini.yaml"
 VARIANTS: dict[str, dict[str, str]] = {
     "lens-mini": {},
     "another seed": {"seed": "7"},
-    "backbone frozen": {"backbone": "frozen"},
+    "backbone frozen": {"backbone": "frozen", "learning_rate": "0.01"},  # the rate of what is left, the gates
     "centroids not whitened": {"whiten": "false"},
     "no share of the mean": {"transform": "none"},
     "temperature 0.05": {"temperature": "0.05"},
@@ -58,6 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, required=True, help="finished output folder of quickstart.sh")
     quickstart = parser.parse_args().quickstart.resolve()
+    if not (quickstart / "report.json").is_file():
+        parser.error(f"{quickstart} holds no finished quick start: run scripts/quickstart.sh")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         seconds = {variant: train(quickstart, folder / variant, changes) for variant, changes in VARIANTS.items()}

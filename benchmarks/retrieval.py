@@ -39,7 +39,7 @@ def evaluate(arguments: list[str]) -> dict[str, Any]:
         return read_json(Path(folder) / "eval" / "results.json")
 
 
-def collect(quickstart: Path, folders: list[Path]) -> dict[str, Any]:
+def collect(quickstart: Path, folders: list[Path], note: str) -> dict[str, Any]:
     """All figures: the held-out part, the further folders, BM25's two settings, the quick start's own record."""
     model = ["--model", f"LENS={quickstart / 'model'}", "--baselines", "bm25", "dense", "--fuse"]
     heldout = read_json(quickstart / "eval" / "results.json")
@@ -51,6 +51,7 @@ def collect(quickstart: Path, folders: list[Path]) -> dict[str, Any]:
         re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     )
     return {
+        "note": note,
         "heldout": heldout["datasets"]["heldout"],
         "others": others["datasets"],
         "bm25_plain_words": {name: data["systems"]["bm25"] for name, data in plain["datasets"].items()},
@@ -96,19 +97,16 @@ def verdict(heldout: dict[str, Any]) -> str:
     scores = {name: heldout["systems"][name]["nDCG@10"] for name in ("dense", "bm25")}
     if row["p"] < 0.05:
         verb = "beats" if row["difference"] > 0 else "stays behind"
-        verdict = f"LENS-mini {verb} BM25 on this task by {row['difference']:+.3f} (p = {row['p']:.3f})."
+        sentence = f"LENS-mini {verb} BM25 on this task ({row['difference']:+.3f}, p = {row['p']:.3f})."
     else:
-        verdict = (
+        sentence = (
             f"LENS-mini and BM25 cannot be told apart on this task ({row['difference']:+.3f}, p = {row['p']:.2f}): "
             f"BM25 with stems reaches {scores['bm25']:.3f}, the dense backbone {scores['dense']:.3f}."
         )
-    lens, both = (heldout["systems"][name]["nDCG@10"] for name in ("LENS", "LENS + dense"))
-    if both < lens:
-        verdict += (
-            f" LENS + dense ({both:.3f}) is no gain over LENS alone ({lens:.3f}): the sum takes in the backbone as it "
-            "was before training."
-        )
-    return verdict
+    alone, both = (heldout["systems"][name]["nDCG@10"] for name in ("LENS", "LENS + dense"))
+    if both < alone:
+        sentence += f" LENS + dense ({both:.3f}) is no gain over LENS alone ({alone:.3f})."
+    return sentence
 
 
 def parts(content: dict[str, Any]) -> list[str]:
@@ -120,7 +118,7 @@ def parts(content: dict[str, Any]) -> list[str]:
         "From `benchmarks/recipe.py`: each row changes one field of `train/recipes/lens-mini.yaml` and trains anew on "
         f"{machine['cores']} cores; nDCG@10 on the development modules ({heldout['queries']:,} queries), on which the "
         f"recipe was chosen. There the dense backbone reaches {heldout['systems']['dense']['nDCG@10']:.3f}, BM25 "
-        f"{heldout['systems']['bm25']['nDCG@10']:.3f}. How much is chance, the second row shows.",
+        f"{heldout['systems']['bm25']['nDCG@10']:.3f}. The second row shows what another seed changes.",
         "",
         "| | changed | LENS | LENS + dense | training steps, seconds |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -162,8 +160,7 @@ def page(content: dict[str, Any]) -> str:
         "",
         verdict(heldout),
         "",
-        "Two earlier recipes, which trained the head alone, were scored on this part as well (LENS .439 and .430); the "
-        "present one was chosen on the development modules and then scored here once.",
+        content["note"],
         "",
         f"The whole run took {total / 60:.1f} minutes and {report['peak_rss_mb']:,.0f} MB of memory at most:",
         "",
@@ -171,7 +168,7 @@ def page(content: dict[str, Any]) -> str:
         "| --- | ---: |",
         *(f"| {name} | {seconds:.0f} |" for name, seconds in report["seconds"].items()),
         "",
-        *parts(json.loads(PARTS.read_text(encoding="utf-8"))),
+        *(parts(json.loads(PARTS.read_text(encoding="utf-8"))) if PARTS.is_file() else []),
         "## The same model elsewhere",
         "",
         "Nothing of these sets was seen in training: the model knows only Python's documentation.",
@@ -204,12 +201,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, help="finished output folder of scripts/quickstart.sh")
     parser.add_argument("--beir", type=Path, nargs="+", help="further folders in BEIR layout, with a test split")
+    parser.add_argument("--note", default="", help="a sentence for the page: how often this part was looked at before")
     parser.add_argument("--page", action="store_true", help="write docs/results.md from the stored figures, no more")
     options = parser.parse_args()
     if not options.page:
         if not options.quickstart or not options.beir:
             parser.error("give --quickstart and --beir, or --page")
-        write_json(RESULTS, collect(options.quickstart.resolve(), [folder.resolve() for folder in options.beir]))
+        folders = [folder.resolve() for folder in options.beir]
+        write_json(RESULTS, collect(options.quickstart.resolve(), folders, options.note))
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     with atomic_file(PAGE, overwrite=True) as temporary:
         temporary.write_text(page(content), encoding="utf-8")

@@ -6,7 +6,7 @@ Legend: n texts, B texts of a batch, L tokens, D hidden size.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lens.backbone import load_backbone, load_tokenizer, position_limit, resolve_device
+from lens.text import token_batches
 
 
 class Dense:
@@ -52,7 +53,7 @@ class Dense:
         tokens = self._tokenizer(clean, truncation=True, max_length=self._max_length)["input_ids"] if clean else []
         embeddings = np.zeros((len(texts), self.dimensions), dtype=np.float32)  # (n, D)
         with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=None) as progress:
-            for rows in batches([len(ids) for ids in tokens], self._batch_tokens):
+            for rows in token_batches([len(ids) for ids in tokens], self._batch_tokens):
                 batch = self._tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
                 batch = batch.to(self._device)
                 hidden = self._model(**batch).last_hidden_state.float()  # (B, L, D)
@@ -61,16 +62,3 @@ class Dense:
                 embeddings[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
                 progress.update(len(rows))
         return embeddings
-
-
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Yields rows from the longest to the shortest text, so many at a time that the padded batch stays in `budget`
-    tokens; a text longer than that goes alone."""
-    rows: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if rows and (len(rows) + 1) * lengths[rows[0]] > budget:
-            yield rows
-            rows = []
-        rows.append(row)
-    if rows:
-        yield rows

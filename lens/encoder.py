@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lens.backbone import resolve_device
 from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, load_model
-from lens.text import Kind, TextProcessor, check_texts
+from lens.text import Kind, TextProcessor, check_texts, token_batches
 from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
 
 # Legend: N texts, K clusters.
@@ -61,15 +61,17 @@ class LENS:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
+        whiten: bool = False,
         **config: Any,
     ) -> LENS:
         """An untrained model from a backbone (folder or hub id) and a clusters folder (None: full vocabulary head).
 
-        `config` takes fields of LensConfig. Raises FileNotFoundError, or ValueError naming the field or the file.
+        `whiten` evens out the centroids, see `lens.head.whitened`, for sentence encoders; `config` takes fields of
+        LensConfig. Raises FileNotFoundError, or ValueError naming the field or the file.
         """
         where = resolve_device(device)
         model, tokenizer = build_model(
-            os.fspath(backbone), clusters, _dtype(dtype, where), attn_implementation, **config
+            os.fspath(backbone), clusters, _dtype(dtype, where), attn_implementation, whiten, **config
         )
         return cls(model, tokenizer, where)
 
@@ -121,8 +123,7 @@ class LENS:
             raise ValueError(f"batch_tokens must be at least 1 token, found {batch_tokens}")
         width = self.config.dimensions if columns is None else len(columns)
         tokens = self.text(texts, kind, instruction)
-        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i].ids))
-        batches = _batches(order, [len(item.ids) for item in tokens], budget)
+        batches = token_batches([len(item.ids) for item in tokens], budget)
         if show_progress is None:
             show_progress = len(batches) >= _PROGRESS_BATCHES
         parts: list[Any] = []
@@ -140,8 +141,8 @@ class LENS:
             return dense.numpy() if output == "numpy" else dense
         if not parts:
             return scipy.sparse.csr_matrix((0, width), dtype=np.float32)
-        restored = np.empty(len(order), dtype=np.int64)
-        restored[order] = np.arange(len(order))
+        restored = np.empty(len(texts), dtype=np.int64)
+        restored[[i for batch in batches for i in batch]] = np.arange(len(texts))
         return scipy.sparse.vstack(parts, format="csr")[restored]
 
     def _embed(self, tokens: Sequence[Any]) -> Tensor:
@@ -186,19 +187,6 @@ class LENS:
         if len(vector) != self.config.dimensions:
             raise ValueError(f"expected one embedding of {self.config.dimensions} values, found {len(vector)}")
         return vector
-
-
-def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Cuts indices, longest text first, into runs whose padded size stays within `budget` tokens."""
-    batches: list[list[int]] = []
-    widest = 0
-    for index in order:
-        if batches and (len(batches[-1]) + 1) * widest <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            widest = lengths[index]
-    return batches
 
 
 def load(

@@ -186,15 +186,20 @@ def whitened(weight: Tensor) -> Tensor:
     A sentence encoder was never trained to be read through its word embeddings, which crowd a few directions of the
     hidden space. Whitened, they cover it evenly, so that the overlap of two texts' active clusters follows the angle
     between their states (relu features of evenly spread rows: Cho & Saul 2009, the arc-cosine kernel of order 1).
-    Directions in which the rows do not vary stay at zero.
+    Directions in which the rows do not vary stay at zero. Raises ValueError unless K > D, where any rows at all would
+    come out equally far from each other, and when all rows are the same.
     """
-    left, spread, right = torch.linalg.svd((weight - weight.mean(0)).double(), full_matrices=False)
-    varying = (spread > spread[0] * 1e-6).to(left.dtype)
-    rows = (left * varying) @ right
-    norm = rows.norm(dim=1).mean()
-    if not bool(norm > 0):
+    count, width = weight.shape
+    if count <= width:
+        raise ValueError(f"whitening needs more clusters than the {width} dimensions of hidden states, found {count}")
+    rows = weight.double()
+    centred = rows - rows.mean(0)
+    spread, directions = torch.linalg.eigh(centred.T @ centred)  # (D,) rising, (D, D)
+    if not float(spread[-1]) > 1e-12 * float(rows.square().sum()):
         raise ValueError("all centroids are the same: nothing to whiten")
-    scaled: Tensor = (rows / norm).to(weight.dtype)
+    inverse = torch.where(spread > 1e-10 * spread[-1], spread.clamp(min=1e-300).rsqrt(), 0.0)
+    evened = centred @ (directions * inverse) @ directions.T
+    scaled: Tensor = (evened / evened.norm(dim=1).mean()).to(weight.dtype)
     return scaled
 
 

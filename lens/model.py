@@ -1,8 +1,8 @@
 """LensModel = backbone + head, and its artifact: the folder a model is saved to and loaded from.
 
 `lens.json` holds the LensConfig, `head.safetensors` the centroids and labels, `adapter_model.safetensors` a LoRA
-adapter with trained token rows, `model*.safetensors` a backbone of the model's own when it is merged or fully
-trained. Without the last two the backbone is read from `LensConfig.base`. There are no pickles.
+adapter with trained token rows, `model*.safetensors` a backbone of the model's own when it is merged or was
+trained itself. Without the last two the backbone is read from `LensConfig.base`. There are no pickles.
 """
 
 from __future__ import annotations
@@ -61,12 +61,10 @@ class LensModel(nn.Module):
         """True when the backbone differs from `config.base` and must be saved with the artifact."""
 
     def train(self, mode: bool = True) -> LensModel:
-        """As nn.Module's, but frozen parts of the backbone stay in eval mode: nothing learns from their dropout."""
+        """As nn.Module's, but a frozen backbone stays in eval mode: its dropout would be noise that nothing learns."""
         super().train(mode)
-        for module in self.backbone.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()
         return self
 
     def forward(
@@ -268,7 +266,6 @@ def build_model(
         facts["head"] = "clusters"
         centroids, labels = read_clusters(Path(clusters))
         facts["dimensions"], facts["hidden_size"] = centroids.shape
-        centroids = whitened(centroids) if whiten else centroids
     elif whiten:
         raise ValueError("whiten=True contradicts the full vocabulary head: give clusters, or leave the head as it is")
     else:
@@ -282,6 +279,8 @@ def build_model(
         labels = torch.arange(facts["dimensions"], dtype=torch.int32)
     else:
         state = {"weight": centroids}
+        if whiten and centroids.shape[1] == backbone.config.hidden_size:  # type: ignore[union-attr]
+            state["weight"] = whitened(centroids)
     backbone_vocabulary = backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     limit = position_limit(backbone)
     for name in ("query_max_length", "document_max_length"):

@@ -157,6 +157,20 @@ class TextProcessor:
         return Batch(input_ids, attention_mask, pool_mask)
 
 
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of texts of these lengths in batches, the longest text first, so many at a time that the padded batch
+    stays within `budget` tokens; a text longer than that goes alone."""
+    batches: list[list[int]] = []
+    widest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batches and (len(batches[-1]) + 1) * widest <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            widest = lengths[index]
+    return batches
+
+
 def _special_ids(tokenizer: Any, architecture: str) -> tuple[list[int], list[int]]:
     """The ids that stand before and after every text: CLS/SEP of an encoder, BOS/EOS of a decoder."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -114,6 +114,15 @@ def clusters_for(backbone: Path, asked: int | None) -> int:
     return min(4000, max(2, size // 4)) if isinstance(size, int) else 4000
 
 
+def whitens(backbone: Path | str, k: int) -> bool:
+    """Whether the recipe's whitening suits a backbone: no decoder, and more clusters than hidden dimensions. A name on
+    the hub is taken for one that it suits."""
+    file = Path(backbone) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    decoder = any(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
+    return not decoder and k > config.get("hidden_size", 0)
+
+
 def plan(
     output: Path, backbone: Path | str, k: int, data: Path | None, training: Sequence[str], seed: int | None = None
 ) -> list[Step]:
@@ -122,6 +131,7 @@ def plan(
     model_state = files_state(backbone) if isinstance(backbone, Path) else backbone
     recipe = hashlib.sha256((ROOT / RECIPE).read_bytes()).hexdigest()
     own = f" --data {shlex.quote(shown(data))}" if data else ""
+    plain = [] if whitens(backbone, k) else ["--whiten", "false"]
     seeded = f" --seed {seed}" if seed is not None else ""
     text = "your folder" if data else "the documentation of Python's standard library"
     return [
@@ -160,7 +170,7 @@ def plan(
             "Train LENS: contrastive loss and distillation",
             f"train/run.py {RECIPE} --base {base} --clusters {out}/clusters --data {out}/train/examples.jsonl "
             f"--teacher_embeddings {out}/train/teacher.safetensors "
-            + shlex.join(["--output", f"{shown(output)}/model", *training]),
+            + shlex.join(["--output", f"{shown(output)}/model", *plain, *training]),
             output / "model",
             after=("cluster", "score"),
             state=[recipe, model_state],

@@ -17,9 +17,10 @@ from eval import scoring
 from eval.metrics import compare, holm, interval, per_query, randomisation_test
 from eval.scoring import System, bm25_system, evaluate, fuse, judged_queries, rank, vector_system
 from lens.corpus import Beir, read_beir
-from lens.dense import Dense, batches
+from lens.dense import Dense
 from lens.files import require
 from lens.search.bm25 import BM25
+from lens.text import token_batches
 
 for module in ("bm25s", "Stemmer", "ir_measures", "matplotlib"):
     pytest.importorskip(module, reason='needs pip install "lens-embeddings[eval]"')
@@ -186,7 +187,7 @@ def test_bm25_on_adi() -> None:
 
 def test_batches_hold_every_row_once_within_the_budget() -> None:
     lengths = [3, 50, 7, 7, 1, 20, 8]
-    found = list(batches(lengths, 24))
+    found = token_batches(lengths, 24)
     assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
     assert all(len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= 24 for rows in found)
     assert found[0] == [1]

@@ -15,7 +15,7 @@ from conftest import ROOT, SENTENCES, save_bert
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
-    "--k 4000": "--k 24",
+    "--k 4000": "--k 48",
     "lens-mini.yaml": "lens-mini.yaml --max_steps 2 --warmup_steps 1 --batch_size 4 --document_max_length 64",
 }
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SENTENCES, row, write_rows
+from conftest import ROOT, SENTENCES, encoder_tokenizer, row, save_clusters, write_rows
 from safetensors.torch import load_file
 
 import lens
+from lens.head import whitened
+from lens.model import read_clusters
 from lens.text import TextProcessor
 from train.data import Batches, Example
 from train.run import main as train
@@ -49,7 +51,7 @@ def settings(base, clusters, pairs, output, **changes):
 LORA = {"backbone": "lora", "lora_r": 4, "train_head": "true"}
 FROZEN = {"backbone": "frozen", "transform": "residual", "train_head": "true"}
 FULL = {"backbone": "full", "lora_dropout": 0.0}
-TOP = {"backbone": "top", "whiten": "true", "train_head": "true", "transform": "context"}
+TOP = {"backbone": "top", "train_head": "true", "transform": "context"}
 
 
 @pytest.fixture
@@ -129,6 +131,9 @@ def test_last_layers_on_cached_states_train_as_in_the_whole_backbone(empty, mist
         assert train([empty, *arguments]) == 0
     for one, other in zip(log_of(tmp_path / "cached"), log_of(tmp_path / "computed"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02)  # states are kept in float16
+    kept = load_file(tmp_path / "cached" / "checkpoint-6" / "backbone.safetensors")
+    assert kept
+    assert all(name.startswith("layers.1.") for name in kept)
     before, after = load_file(mistral / "model.safetensors"), load_file(tmp_path / "cached" / "model.safetensors")
     before = {name.removeprefix("model."): tensor for name, tensor in before.items()}
     rows = len(before["embed_tokens.weight"])  # the three special tokens are added below them
@@ -137,6 +142,26 @@ def test_last_layers_on_cached_states_train_as_in_the_whole_backbone(empty, mist
     assert moved
     assert all(name.startswith("layers.1.") for name in moved)
     assert not list((tmp_path / "cached").glob("hidden*"))
+
+
+def test_last_layers_with_dropout_go_on_as_uninterrupted(empty, bert, bert_clusters, pairs, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for output in (whole, cut):
+        assert train([empty, *settings(bert, bert_clusters, pairs, output, **TOP), "--save_total_limit", "9"]) == 0
+    for path in (cut / "lens.json", cut / "checkpoint-4", cut / "checkpoint-6"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert train([empty, *settings(bert, bert_clusters, pairs, cut, **TOP), "--save_total_limit", "9"]) == 0
+    one, other = weights_of(whole), weights_of(cut)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_whitened_centroids_are_where_training_starts(empty, bert, tmp_path, pairs):
+    clusters = save_clusters(tmp_path / "clusters", len(encoder_tokenizer()), k=40)
+    changes = {"backbone": "top", "whiten": "true", "max_steps": 2}
+    assert train([empty, *settings(bert, clusters, pairs, tmp_path / "run", **changes)]) == 0
+    centroids, _ = read_clusters(clusters)
+    kept = load_file(tmp_path / "run" / "head.safetensors")["centroids"]
+    torch.testing.assert_close(kept, whitened(centroids))
 
 
 def test_runs_that_cannot_start_say_why_in_one_line(empty, bert, bert_clusters, pairs, tmp_path, capsys):
@@ -157,7 +182,9 @@ def test_runs_that_cannot_start_say_why_in_one_line(empty, bert, bert_clusters, 
     fails("does not exist", base=tmp_path / "gone" / "model")
     fails("is more than the 128 positions", document_max_length=500)
     fails("top_layers must be from 1 to 1, found 2", backbone="top", top_layers=2)
+    fails("top_layers=2 contradicts backbone=frozen", top_layers=2)
     fails("contradicts the full vocabulary head", clusters="null", whiten="true")
+    fails("whitening needs more clusters than the 32", whiten="true")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
@@ -201,6 +228,9 @@ def test_divergence_stops_the_run_and_leaves_no_model(empty, bert, bert_clusters
         {"workers": 1},
         {"in_batch_negatives": "false"},
         {"backbone": "full", "train_head": "true"},
+        {"backbone": "top", "precision": "bf16"},
+        {"backbone": "top", "gradient_checkpointing": "true", "workers": 1},
+        {"backbone": "top", "gradient_checkpointing": "true", "cache_hidden": "false"},
         {"backbone": "lora", "lora_targets": "query", "gradient_checkpointing": "true", "include_backbone": "true"},
     ],
     ids=lambda changes: " ".join(changes),

@@ -170,6 +170,8 @@ class Recipe:
                 )
             if self.gradient_checkpointing:
                 raise ValueError("gradient_checkpointing contradicts backbone=frozen: there is nothing to recompute")
+        if self.top_layers != 1 and self.backbone != "top":
+            raise ValueError(f"top_layers={self.top_layers} contradicts backbone={self.backbone}: it goes with top")
         if self.whiten and self.clusters is None:
             raise ValueError("whiten=true contradicts the full vocabulary head: give clusters, or whiten: false")
         if self.group_size == 1 and not self.in_batch_negatives:

@@ -112,14 +112,14 @@ def _train(recipe: Recipe, output: Path) -> None:
     schedule = make_schedule(recipe, [len(source) for source in sources])
     set_seed(recipe.seed)
     model, tokenizer = build(recipe)
+    top = TopLayers(model.backbone, recipe.top_layers) if recipe.backbone == "top" else None
     text = TextProcessor(tokenizer, model.config)
     if rank == 0:  # from here on the folder is this run's, and a killed start goes on
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, {**recipe.resolved(), "inputs": inputs_of(recipe)})
     _say(rank, _summary(recipe, model, sources, schedule))
-    store = top = None
+    store = None
     if recipe.backbone in ("frozen", "top") and recipe.cache_hidden:
-        top = TopLayers(model.backbone, recipe.top_layers) if recipe.backbone == "top" else None
         model.backbone.to(arguments.device)
         with arguments.main_process_first(local=False):
             store = compute_states(model, text, keys_of(sources), output / STATES_FILE, top)
@@ -146,6 +146,8 @@ def check_run(recipe: Recipe, output: Path) -> str:
         check_output(output)
         return "new"
     before, now = read_json(output / RECIPE_FILE), {**recipe.resolved(), "inputs": inputs_of(recipe)}
+    defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of fields newer than the run
+    before = {**defaults, **before}
     changed = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
     if changed:
         pairs = ", ".join(f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in changed)
@@ -255,8 +257,6 @@ def build(recipe: Recipe) -> tuple[LensModel, Any]:
     )
     model.backbone.requires_grad_(recipe.backbone == "full")
     model.backbone_is_own = recipe.backbone in ("full", "top")
-    if recipe.backbone == "top":
-        TopLayers(model.backbone, recipe.top_layers).layers.requires_grad_(True)
     if recipe.backbone == "lora":
         model.backbone = _add_lora(model, tokenizer, recipe)
     for name, parameter in model.head.named_parameters():

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lens.backbone import hidden_states
 from lens.files import read_json, write_json
 from lens.model import LensModel
-from lens.text import TextProcessor
+from lens.text import TextProcessor, token_batches
 from train.data import Example, tokenize
 from train.top import TopLayers
 
@@ -107,12 +107,10 @@ def compute_states(
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         device = next(model.backbone.parameters()).device
         model.eval()
-        order = sorted((i for i in range(len(tokens)) if lengths[i]), key=lambda i: -len(tokens[i].ids))
-        with tqdm(total=len(order), desc="hidden states", unit="text", leave=False) as bar:
-            start = 0
-            while start < len(order):
-                count = max(1, batch_tokens // len(tokens[order[start]].ids))
-                part = order[start : start + count]
+        rows = [i for i in range(len(tokens)) if lengths[i]]
+        with tqdm(total=len(rows), desc="hidden states", unit="text", leave=False) as bar:
+            for places in token_batches([len(tokens[i].ids) for i in rows], batch_tokens):
+                part = [rows[place] for place in places]
                 batch = text.collate([tokens[i] for i in part])
                 ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
                 hidden = hidden_states(model.backbone, ids, mask) if top is None else top.below(ids, mask)
@@ -122,7 +120,6 @@ def compute_states(
                     raise ValueError("hidden states exceed float16 (65504): train with cache_hidden: false")
                 for row, i in enumerate(part):
                     states[offsets[i] : offsets[i + 1]] = hidden[row, slice(*kept[i])].numpy()
-                start += count
                 bar.update(len(part))
         states.flush()
         del states

@@ -47,8 +47,17 @@ class QueryPassageModel(nn.Module):
         """Inputs of LensModel, or of `top`, for queries and passages -> their embeddings (Q, K) and (Q*P, K)."""
         return self._embed(**queries), self._embed(**passages)
 
+    def train(self, mode: bool = True) -> QueryPassageModel:
+        """As nn.Module's; of a backbone whose last layers alone are trained, those alone leave eval mode."""
+        super().train(mode)
+        if self.top is not None:
+            self.top.train(mode)
+        return self
+
     def _embed(self, below: Tensor | None = None, pooled: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        if below is not None and pooled is not None and self.top is not None:
+        if below is not None:
+            assert self.top is not None
+            assert pooled is not None
             ends = F.pad(pooled.cumsum(0), (1, 0))  # pooled positions before each position
             hidden = self.top(below, inputs["cu_seqlens"])[pooled]
             inputs = {"hidden": hidden, "cu_seqlens": ends[inputs["cu_seqlens"]]}
@@ -66,7 +75,7 @@ class QueryPassageModel(nn.Module):
 
 
 class LensTrainer(Trainer):
-    """Trains a LensModel on Batches by a Recipe. Checkpoints hold adapter, head and optimizer, never frozen weights."""
+    """Trains a LensModel on Batches by a Recipe. A checkpoint is the artifact so far with what a run needs to go on."""
 
     def __init__(
         self,
@@ -161,7 +170,7 @@ class LensTrainer(Trainer):
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the artifact (and a fully trained backbone's weights) of the present state into `output_dir`."""
+        """Writes the artifact of the present state, a backbone that was trained itself with it, into `output_dir`."""
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +183,14 @@ class LensTrainer(Trainer):
         if isinstance(backbone, PeftModel):
             set_peft_model_state_dict(backbone, load_file(folder / "adapter_model.safetensors"))
         elif self.lens.backbone_is_own:
-            backbone.load_state_dict(load_file(folder / BACKBONE_FILE))
+            report = backbone.load_state_dict(load_file(folder / BACKBONE_FILE), strict=False)
+            trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+            lost = sorted(trained & set(report.missing_keys))
+            if lost or report.unexpected_keys:
+                raise ValueError(
+                    f"{folder / BACKBONE_FILE} lacks {lost[:3]}, has unknown {report.unexpected_keys[:3]}: remove "
+                    f"{folder} to go on from the checkpoint before"
+                )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -184,7 +200,8 @@ class LensTrainer(Trainer):
             return
         if self.args.should_save and self.lens.backbone_is_own:
             # save_pretrained may rename or untie weights; the exact state is what a resumed run needs
-            state = {k: v.detach().cpu().clone() for k, v in self.lens.backbone.state_dict().items()}
+            trained = ((k, v) for k, v in self.lens.backbone.named_parameters() if v.requires_grad)
+            state = {k: v.detach().cpu().clone() for k, v in trained}
             save_file(state, Path(output_dir) / BACKBONE_FILE)
         super()._save_optimizer_and_scheduler(output_dir)
 
