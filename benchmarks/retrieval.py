@@ -4,7 +4,7 @@
 
 Takes the quick start's own evaluation of its held-out part, runs eval/run.py on each further folder with the same
 model, and BM25 with and without stems; writes benchmarks/results/retrieval.json and, from it, docs/results.md.
-The page also quotes benchmarks/results/recipe.json of benchmarks/recipe.py. `--page` writes the page only.
+`--page` writes the page only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from lens.files import atomic_file, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "retrieval.json"
-PARTS = ROOT / "benchmarks" / "results" / "recipe.json"
 PAGE = ROOT / "docs" / "results.md"
 PLACES = ("base", "data", "output", "clusters", "teacher_embeddings", "inputs")  # paths say nothing elsewhere
 SHOWN = ("nDCG@10", "RR@10", "R@100")
@@ -109,27 +108,6 @@ def verdict(heldout: dict[str, Any]) -> str:
     return sentence
 
 
-def parts(content: dict[str, Any]) -> list[str]:
-    """The section on the recipe's parts."""
-    heldout, machine = content["heldout"], content["machine"]
-    lines = [
-        "## What each part of the recipe gives",
-        "",
-        "From `benchmarks/recipe.py`: each row changes one field of `train/recipes/lens-mini.yaml` and trains anew on "
-        f"{machine['cores']} cores; nDCG@10 on the development modules ({heldout['queries']:,} queries), on which the "
-        f"recipe was chosen. There the dense backbone reaches {heldout['systems']['dense']['nDCG@10']:.3f}, BM25 "
-        f"{heldout['systems']['bm25']['nDCG@10']:.3f}. The second row shows what another seed changes.",
-        "",
-        "| | changed | LENS | LENS + dense | training steps, seconds |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
-    for name, changes in content["variants"].items():
-        changed = " ".join(f"`{field}: {value}`" for field, value in changes.items()) or "nothing"
-        alone, both = (heldout["systems"][system]["nDCG@10"] for system in (name, f"{name} + dense"))
-        lines.append(f"| {name} | {changed} | {alone:.3f} | {both:.3f} | {content['seconds'][name]:.0f} |")
-    return [*lines, ""]
-
-
 def page(content: dict[str, Any]) -> str:
     """docs/results.md."""
     report = content["quickstart"]
@@ -168,7 +146,6 @@ def page(content: dict[str, Any]) -> str:
         "| --- | ---: |",
         *(f"| {name} | {seconds:.0f} |" for name, seconds in report["seconds"].items()),
         "",
-        *(parts(json.loads(PARTS.read_text(encoding="utf-8"))) if PARTS.is_file() else []),
         "## The same model elsewhere",
         "",
         "Nothing of these sets was seen in training: the model knows only Python's documentation.",

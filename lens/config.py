@@ -16,6 +16,7 @@ Transform = Literal["none", "mlm", "residual", "context"]
 Pooling = Literal["max", "sum", "last"]
 Positions = Literal["shifted", "content", "all"]
 Prompt = Literal["lens", "plain"]
+Truncation = Literal["text", "tail"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class LensConfig:
     """Longest query in tokens, instruction and special tokens included; the text's end is cut."""
     document_max_length: int = 512
     """Longest document in tokens, special tokens included; the text's end is cut."""
+    truncation: Truncation = "text"
+    """What too long a text loses: `text` = its own end, so that EOS stays; `tail` = whatever stands last, EOS too, as
+    in the released LENS code."""
     normalize: bool = True
     """Whether embeddings are L2-normalised (LENS) or left as they are (SPLADE)."""
 
@@ -110,6 +114,7 @@ _CHOICES = {
     "pooling": Pooling,
     "positions": Positions,
     "prompt": Prompt,
+    "truncation": Truncation,
 }
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens.backbone import resolve_device
+from lens.compat import is_released, load_released
 from lens.explain import ClusterTokens, Explanation, explain, terms
-from lens.model import LensModel, build_model, load_model
+from lens.model import LensModel, build_model, fetch, load_model
 from lens.text import Kind, TextProcessor, check_texts, token_batches
 from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
 
@@ -196,14 +197,24 @@ def load(
     base: str | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    compat: Literal["official"] | None = None,
 ) -> LENS:
     """Loads a model from a folder or a hub id, on cuda, mps or cpu (the first there is), in eval mode.
 
     `dtype` is bfloat16 on GPUs that have it and float32 elsewhere; `base` is the backbone's place where it has moved.
-    Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
+    Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
+    docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
     where = resolve_device(device)
-    model, tokenizer = load_model(path_or_id, _dtype(dtype, where), base, revision, attn_implementation)
+    if compat not in (None, "official"):
+        raise ValueError(f"compat must be 'official' or None; found {compat!r}")
+    folder, kind = fetch(path_or_id, revision), _dtype(dtype, where)
+    if is_released(folder):
+        model, tokenizer = load_released(folder, kind, base, attn_implementation, compat == "official")
+    elif compat is not None:
+        raise ValueError(f"compat={compat!r} is for checkpoints of the released LENS code, and {folder} is none")
+    else:
+        model, tokenizer = load_model(folder, kind, base, None, attn_implementation)
     return LENS(model, tokenizer, where)
 
 

@@ -186,12 +186,12 @@ def whitened(weight: Tensor) -> Tensor:
     A sentence encoder was never trained to be read through its word embeddings, which crowd a few directions of the
     hidden space. Whitened, they cover it evenly, so that the overlap of two texts' active clusters follows the angle
     between their states (relu features of evenly spread rows: Cho & Saul 2009, the arc-cosine kernel of order 1).
-    Directions in which the rows do not vary stay at zero. Raises ValueError unless K > D, where any rows at all would
-    come out equally far from each other, and when all rows are the same.
+    Directions in which the rows do not vary stay at zero. Raises ValueError unless K > D + 1, since D + 1 rows or fewer
+    would all come out equally far from each other, and when all rows are the same.
     """
     count, width = weight.shape
-    if count <= width:
-        raise ValueError(f"whitening needs more clusters than the {width} dimensions of hidden states, found {count}")
+    if count <= width + 1:
+        raise ValueError(f"whitening {width} dimensions needs more than {width + 1} centroids, found {count}")
     rows = weight.double()
     centred = rows - rows.mean(0)
     spread, directions = torch.linalg.eigh(centred.T @ centred)  # (D,) rising, (D, D)

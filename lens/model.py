@@ -161,9 +161,13 @@ def load_model(
 
     `base` replaces the backbone's recorded place. Raises FileNotFoundError and ValueError naming the file.
     """
-    folder = _fetch(path, revision)
+    folder = fetch(path, revision)
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is no LENS model folder")
     config = read_config(folder)
     own_backbone = (folder / "config.json").is_file()
+    if not own_backbone and any(folder.glob("model*.safetensors")):
+        raise FileNotFoundError(f"{folder} holds a backbone's weights but no config.json: the copy is not whole")
     if base is not None:
         config = config.replace(base=base)
     elif not own_backbone:
@@ -196,13 +200,12 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _fetch(path: str | os.PathLike[str], revision: str | None) -> Path:
+def fetch(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a model: `path` itself, or the hub repository of that name, downloaded."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is no LENS model folder")
         return folder
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]  # no pickles
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "lm_head.pth"]  # the one pickle: see lens/compat.py
     name = check_base(path)
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
@@ -280,7 +283,10 @@ def build_model(
     else:
         state = {"weight": centroids}
         if whiten and centroids.shape[1] == backbone.config.hidden_size:  # type: ignore[union-attr]
-            state["weight"] = whitened(centroids)
+            try:
+                state["weight"] = whitened(centroids)
+            except ValueError as error:
+                raise ValueError(f"{clusters}: {error}; whiten: false takes them as they are") from error
     backbone_vocabulary = backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     limit = position_limit(backbone)
     for name in ("query_max_length", "document_max_length"):

@@ -85,7 +85,7 @@ class TextProcessor:
                 raise ValueError(f"the lens prompt needs the tokens {', '.join(unknown)}, which the tokenizer lacks")
 
     def __call__(self, texts: Sequence[str], kind: Kind = "document", instruction: str | None = None) -> list[Tokens]:
-        """Tokenises `texts`; ids longer than the limit of their kind lose the text's end, never EOS.
+        """Tokenises `texts`; ids longer than the limit of their kind lose what LensConfig.truncation says.
 
         An empty text has an empty span. Raises TypeError and ValueError as `check_texts`, and ValueError when the
         instruction leaves no room for text.
@@ -102,12 +102,13 @@ class TextProcessor:
                 f"the instruction takes {prompt_length} of the {room} tokens that {kind}_max_length={limit} leaves: "
                 "shorten it or raise the limit"
             )
-        encoded = self._encode([prompt + text for text in texts], room)
+        tail = self.config.truncation == "tail"
+        encoded = self._encode([prompt + text for text in texts], room + len(self.suffix) if tail else room)
         spans = []
         for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             # A token that straddles the prompt's end, as a space merged with the first word, belongs to the text.
             before = sum(end <= len(prompt) for _, end in offsets[:prompt_length]) if prompt else 0
-            spans.append(self._span(ids, len(self.prefix) + before))
+            spans.append(self._span(ids, len(self.prefix) + before, limit))
         return spans
 
     def _prompt(self, kind: Kind, instruction: str | None) -> str:
@@ -131,8 +132,8 @@ class TextProcessor:
             verbose=False,
         )
 
-    def _span(self, content: list[int], content_start: int) -> Tokens:
-        ids = [*self.prefix, *content, *self.suffix]
+    def _span(self, content: list[int], content_start: int, limit: int) -> Tokens:
+        ids = [*self.prefix, *content, *self.suffix][:limit]
         content_end = len(ids) - len(self.suffix)
         if content_end <= content_start:
             return Tokens(ids, 0, 0)

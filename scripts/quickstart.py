@@ -120,7 +120,7 @@ def whitens(backbone: Path | str, k: int) -> bool:
     file = Path(backbone) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     decoder = any(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
-    return not decoder and k > config.get("hidden_size", 0)
+    return not decoder and k > config.get("hidden_size", 0) + 1
 
 
 def plan(

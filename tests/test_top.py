@@ -79,33 +79,35 @@ def test_stored_states_and_last_layers_equal_the_whole_backbone(untrained, tmp_p
     top.layers.requires_grad_(True)
     store = compute_states(model, text, keys, tmp_path / "hidden.f16", top)
     both = QueryPassageModel(model, top)
-    stored, _ = both(store.batch(keys), store.batch(keys[3:5]))
+    with torch.no_grad():
+        stored, _ = both(store.batch(keys), store.batch(keys[3:5]))
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pool_mask": batch.pool_mask}
-    whole = model(**inputs)
+    with torch.no_grad():
+        whole = model(**inputs)
     torch.testing.assert_close(stored, whole, rtol=0, atol=2e-3)  # states are kept in float16
-    target = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
-    gradients = []
-    for embeddings in (stored, whole):
-        model.zero_grad()
-        (embeddings * target).sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert sum(name.startswith("backbone.") for name in gradients[0]) > 5
-    for name, gradient in gradients[1].items():
-        assert (gradients[0][name] - gradient).norm() < 0.02 * gradient.norm() + 1e-6, name
 
 
-def test_without_rounding_the_states_are_equal(untrained):
+def test_without_rounding_states_and_gradients_are_equal(untrained):
     backbone = untrained.model.backbone
     _, _, batch = batch_of(untrained)
     mask = batch.attention_mask.bool()
     top = TopLayers(backbone, 1)
     with torch.no_grad():
         below = top.below(batch.input_ids, batch.attention_mask)
-        lengths = mask.sum(1)
-        packed = top(below[mask], torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
-        whole = hidden_states(backbone, batch.input_ids, batch.attention_mask)
-    torch.testing.assert_close(packed, whole[mask], rtol=1e-5, atol=1e-5)
+    packed = top(below[mask], torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)))
+    whole = hidden_states(backbone, batch.input_ids, batch.attention_mask)[mask]
+    torch.testing.assert_close(packed, whole, rtol=1e-5, atol=1e-5)
+    target = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for states in (packed, whole):
+        backbone.zero_grad()
+        (states * target).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) > 5
+    largest = max(float(gradient.norm()) for gradient in gradients[1].values())  # that of a key's bias is zero
+    for name, gradient in gradients[1].items():
+        assert (gradients[0][name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-6 * largest, name
 
 
 @pytest.mark.parametrize("count", [1, 3])

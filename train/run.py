@@ -35,7 +35,7 @@ from train.data import Batches, TeacherEmbeddings, read_examples
 from train.sampler import Schedule
 from train.states import compute_states, keys_of
 from train.top import TopLayers
-from train.trainer import LensTrainer, whole_checkpoints
+from train.trainer import COMPLETE_FILE, LensTrainer, damage, whole_checkpoints
 
 RECIPE_FILE = "recipe.json"
 STATES_FILE = "hidden.f16"
@@ -99,6 +99,7 @@ def _train(recipe: Recipe, output: Path) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if check_run(recipe, output) == "finished":
         _say(rank, f"{output} holds the finished model of this recipe; nothing to do")
+        drop_states(output, rank)
         return
     known = ("tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "trackio", "swanlab", "neptune")
     for tracker in recipe.report_to:
@@ -114,6 +115,7 @@ def _train(recipe: Recipe, output: Path) -> None:
     model, tokenizer = build(recipe)
     top = TopLayers(model.backbone, recipe.top_layers) if recipe.backbone == "top" else None
     text = TextProcessor(tokenizer, model.config)
+    check_prompts(text, recipe, sources)
     if rank == 0:  # from here on the folder is this run's, and a killed start goes on
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, {**recipe.resolved(), "inputs": inputs_of(recipe)})
@@ -128,6 +130,9 @@ def _train(recipe: Recipe, output: Path) -> None:
     )
     trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top)
     checkpoint = next(reversed(whole_checkpoints(output)), None)
+    for marker in sorted(output.glob(f"checkpoint-*/{COMPLETE_FILE}")):
+        if lost := damage(marker.parent):
+            _say(rank, f"{marker.parent} is damaged ({', '.join(lost[:3])}) and left out")
     if checkpoint is not None:
         _say(rank, f"going on from {checkpoint}")
     elif any(output.glob("checkpoint-*")):
@@ -140,10 +145,28 @@ def _train(recipe: Recipe, output: Path) -> None:
     trainer.accelerator.end_training()
 
 
+def check_prompts(text: TextProcessor, recipe: Recipe, sources: list[Any]) -> None:
+    """Raises ValueError naming the file when an instruction leaves no room for text."""
+    for path, source in zip(recipe.data, sources, strict=True):
+        asked = {(example.prompt, example.symmetric) for example in source if example.prompt}
+        for prompt, symmetric in asked:
+            for kind in ("query", "document") if symmetric else ("query",):
+                try:
+                    text([""], kind, prompt)  # type: ignore[arg-type]
+                except ValueError as error:
+                    raise ValueError(f"{path}: prompt {prompt[:40]!r}: {error}") from error
+
+
 def check_run(recipe: Recipe, output: Path) -> str:
     """`new`, `begun` or `finished`; raises when `output` holds something else or a run of another recipe."""
     if not (output / RECIPE_FILE).is_file():
-        check_output(output)
+        for torn in output.glob(f".{RECIPE_FILE}.*"):  # a run killed while it wrote its first file
+            torn.unlink()
+        try:
+            check_output(output)
+        except FileExistsError as error:
+            what = "is a file" if output.is_file() else "is not empty and holds no run"
+            raise FileExistsError(f"{output} {what}: choose another output, or remove it") from error
         return "new"
     before, now = read_json(output / RECIPE_FILE), {**recipe.resolved(), "inputs": inputs_of(recipe)}
     defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}  # of fields newer than the run
@@ -158,7 +181,10 @@ def check_run(recipe: Recipe, output: Path) -> str:
 
 
 def inputs_of(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the files that decide what is learnt: training data, clusters, teacher embeddings."""
+    """SHA-256 of the files that decide what is learnt: training data, clusters, teacher embeddings, base weights.
+
+    Of weight files above 1 GiB only size, first and last MiB count, since ranks wait for this.
+    """
     files = [*recipe.data, *([recipe.teacher_embeddings] if recipe.teacher_embeddings else [])]
     if recipe.clusters is not None:
         files.append(str(Path(recipe.clusters) / CLUSTERS_FILE))
@@ -166,6 +192,15 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
     for name in files:
         with open(name, "rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for weights in sorted(Path(recipe.base).expanduser().glob("*.safetensors")):
+        size = weights.stat().st_size
+        with weights.open("rb") as file:
+            if size <= 1 << 30:
+                digests[str(weights)] = hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                first = file.read(1 << 20)
+                file.seek(-(1 << 20), os.SEEK_END)
+                digests[str(weights)] = hashlib.sha256(repr(size).encode() + first + file.read()).hexdigest()
     return digests
 
 
@@ -300,8 +335,14 @@ def finish(model: LensModel, tokenizer: Any, recipe: Recipe, output: Path) -> No
     for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG_FILE):
         file.replace(output / file.name)
     staged.rmdir()
-    for name in (STATES_FILE, "hidden.json"):
-        (output / name).unlink(missing_ok=True)
+    drop_states(output)
+
+
+def drop_states(output: Path, rank: int = 0) -> None:
+    """Removes the file of hidden states, which only an unfinished run needs."""
+    if rank == 0:
+        for name in (STATES_FILE, "hidden.json"):
+            (output / name).unlink(missing_ok=True)
 
 
 def card(recipe: Recipe, model: LensModel) -> str:

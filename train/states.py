@@ -99,8 +99,8 @@ def compute_states(
     digest = hashlib.sha256(repr((model.config.to_dict(), width, top and len(top.layers))).encode())
     for item in tokens:
         digest.update(np.array([item.start, item.end, *item.ids], dtype=np.int64).tobytes())
-    stamp, wanted = path.with_suffix(".json"), {"sha256": digest.hexdigest()}
-    if not (stamp.is_file() and path.is_file() and read_json(stamp) == wanted):
+    stamp, wanted = path.with_suffix(".json"), {"sha256": digest.hexdigest(), "bytes": max(sum(lengths), 1) * width * 2}
+    if not _is_written(path, stamp, wanted):
         path.parent.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
         states = np.memmap(path, dtype=np.float16, mode="w+", shape=(max(sum(lengths), 1), width))
@@ -126,3 +126,11 @@ def compute_states(
         write_json(stamp, wanted)
     spans = None if top is None else [(item.start, item.end) for item in tokens]
     return HiddenStates(path, keys, lengths, width, spans)
+
+
+def _is_written(path: Path, stamp: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the file of these states is there, whole."""
+    try:
+        return read_json(stamp) == wanted and path.stat().st_size == wanted["bytes"]
+    except (OSError, ValueError):
+        return False

@@ -35,6 +35,8 @@ class TopLayers:
     def __init__(self, backbone: nn.Module, count: int) -> None:
         self.backbone = backbone
         every = layer_list(backbone)
+        if len(every) < 2:
+            raise ValueError("backbone=top needs at least two layers, and it has one: use backbone=full")
         if not 1 <= count < len(every):
             raise ValueError(
                 f"top_layers must be from 1 to {len(every) - 1}, found {count}: it has {len(every)} layers, "

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from lens.files import atomic_file, write_json
+from lens.files import atomic_file, read_json, read_tensors, write_json
 from lens.model import HEAD_FILE, LensModel, read_head
 from train.config import Recipe
 from train.data import Batches
@@ -183,14 +183,8 @@ class LensTrainer(Trainer):
         if isinstance(backbone, PeftModel):
             set_peft_model_state_dict(backbone, load_file(folder / "adapter_model.safetensors"))
         elif self.lens.backbone_is_own:
-            report = backbone.load_state_dict(load_file(folder / BACKBONE_FILE), strict=False)
-            trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
-            lost = sorted(trained & set(report.missing_keys))
-            if lost or report.unexpected_keys:
-                raise ValueError(
-                    f"{folder / BACKBONE_FILE} lacks {lost[:3]}, has unknown {report.unexpected_keys[:3]}: remove "
-                    f"{folder} to go on from the checkpoint before"
-                )
+            trained = {name: tuple(p.shape) for name, p in backbone.named_parameters() if p.requires_grad}
+            backbone.load_state_dict(read_tensors(folder / BACKBONE_FILE, trained), strict=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -212,12 +206,12 @@ class LensTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             output = Path(self.args.output_dir)
-            write_json(
-                output / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE, {"step": self.state.global_step}
-            )
+            folder = output / f"checkpoint-{self.state.global_step}"
+            sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+            write_json(folder / COMPLETE_FILE, {"step": self.state.global_step, "files": sizes})
             # Old checkpoints go only now that the new one is whole.
-            for folder in whole_checkpoints(output)[: -self.recipe.save_total_limit]:
-                shutil.rmtree(folder, ignore_errors=True)
+            for old in whole_checkpoints(output)[: -self.recipe.save_total_limit]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _only(items: list[Any]) -> Any:
@@ -225,18 +219,30 @@ def _only(items: list[Any]) -> Any:
 
 
 def whole_checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints in `output`, lowest step first."""
-    whole = [path.parent for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    """The whole checkpoints in `output`, lowest step first: those with every file that they were finished with."""
+    numbered = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    whole = [path for path in numbered if (path / COMPLETE_FILE).is_file() and not damage(path)]
     return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def damage(checkpoint: Path) -> list[str]:
+    """Names of the files of a finished checkpoint that are missing or no longer of the size they were written with."""
+    try:
+        sizes: dict[str, int] = read_json(checkpoint / COMPLETE_FILE)["files"]
+        return [name for name, size in sizes.items() if (checkpoint / name).stat().st_size != size]
+    except FileNotFoundError as error:
+        return [Path(error.filename).name]
+    except (KeyError, ValueError):
+        return [COMPLETE_FILE]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a training log; a line that a kill cut short is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
