@@ -60,7 +60,9 @@ def load_released(
     unknown = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     if unknown:
         raise ValueError(f"{folder}: the tokenizer lacks {', '.join(unknown)}, which released checkpoints have")
-    place = base or str(folder)
+    if not run and base is not None:
+        raise ValueError(f"{folder} holds its own merged weights, which base={base!r} would replace: leave base out")
+    place = str(folder)
     if run:
         adapter, facts = _adapter(folder)
         embedding = read_pickled(folder / RUN_EMBEDDING, nn.Embedding)  # (V, D)

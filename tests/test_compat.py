@@ -173,6 +173,8 @@ def test_what_is_no_released_checkpoint_is_named(released, tmp_path, monkeypatch
     ran = []
     monkeypatch.setattr(os, "system", ran.append)
     whole = (hub / "lm_head.pth").read_bytes()
+    with pytest.raises(ValueError, match="holds its own merged weights"):
+        lens.load(hub, **options)
     for content in (pickle.dumps(Malicious()), whole[: len(whole) // 2], b"", b"text"):
         (hub / "lm_head.pth").write_bytes(content)
         with pytest.raises(ValueError, match="lm_head.pth is damaged, or holds more than a pickled Linear"):

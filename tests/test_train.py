@@ -23,6 +23,7 @@ from train.data import Batches, Example
 from train.run import main as train
 from train.sampler import Schedule
 from train.states import compute_states
+from train.trainer import whole_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,7 @@ def test_a_damaged_checkpoint_is_left_out(file, harm, empty, bert, bert_clusters
     assert "going on from" in said
     assert "checkpoint-4" in said
     assert all(torch.equal(tensor, weights_of(run)[name]) for name, tensor in whole.items())
+    assert whole_checkpoints(run)[-1].name == "checkpoint-6"  # written anew, and whole
 
 
 def test_what_a_run_stands_on_must_stay(empty, bert, bert_clusters, pairs, tmp_path, capsys):

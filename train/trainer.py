@@ -202,11 +202,13 @@ class LensTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not bool(torch.isfinite(self._tr_loss)):
             raise FloatingPointError(f"loss is not finite at step {self.state.global_step}: lower learning_rate")
+        output = Path(self.args.output_dir)
+        folder = output / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:  # one of this step, damaged since, must not pass for whole while it is replaced
+            (folder / COMPLETE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            output = Path(self.args.output_dir)
-            folder = output / f"checkpoint-{self.state.global_step}"
             sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
             write_json(folder / COMPLETE_FILE, {"step": self.state.global_step, "files": sizes})
             # Old checkpoints go only now that the new one is whole.
