@@ -127,7 +127,16 @@ def _train(recipe: Recipe, output: Path) -> None:
         with arguments.main_process_first(local=False):
             store = compute_states(model, text, keys_of(sources), output / STATES_FILE, top)
     batches = Batches(
-        sources, schedule, text, recipe.group_size, recipe.in_batch_negatives, rank, world_size, store, teacher
+        sources,
+        schedule,
+        text,
+        recipe.group_size,
+        recipe.in_batch_negatives,
+        rank,
+        world_size,
+        store,
+        teacher,
+        recipe.mini_batch_tokens,
     )
     trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top)
     checkpoint = next(reversed(whole_checkpoints(output)), None)
