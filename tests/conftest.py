@@ -165,3 +165,25 @@ def row(**changes):
 def write_rows(path, *rows):
     path.write_text("".join(json.dumps(item) + "\n" for item in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Forty examples: the first half of a sentence finds the second."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = []
+    for number in range(40):
+        words = SENTENCES[number % 7].split()
+        others = [SENTENCES[(number + step) % 7].partition(" ")[2] for step in (1, 2, 3)]
+        rows.append(
+            row(query=f"{' '.join(words[:4])} {number}", pos=[" ".join(words[4:])], neg=others,
+                pos_scores=[2.0], neg_scores=[0.5, 0.1, 0.3], prompt="Find the rest of the sentence.")
+        )  # fmt: skip
+    return write_rows(path, *rows)
+
+
+@pytest.fixture
+def empty(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    return str(path)

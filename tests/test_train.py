@@ -2,75 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SENTENCES, encoder_tokenizer, row, save_clusters, write_rows
+from conftest import SENTENCES, encoder_tokenizer, row, save_clusters, write_rows
 from safetensors.torch import load_file, save_file
+from train_helpers import FROZEN, FULL, GENTLE, LORA, TOP, log_of, settings, weights_of
 
 import lens
 from lens.head import whitened
 from lens.model import read_clusters
 from lens.text import TextProcessor
+from train.checkpoints import whole_checkpoints
 from train.data import Batches, Example
 from train.run import main as train
 from train.sampler import Schedule
 from train.states import compute_states
-from train.trainer import whole_checkpoints
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Forty examples: the first half of a sentence finds the second."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = []
-    for number in range(40):
-        words = SENTENCES[number % 7].split()
-        others = [SENTENCES[(number + step) % 7].partition(" ")[2] for step in (1, 2, 3)]
-        rows.append(
-            row(query=f"{' '.join(words[:4])} {number}", pos=[" ".join(words[4:])], neg=others,
-                pos_scores=[2.0], neg_scores=[0.5, 0.1, 0.3], prompt="Find the rest of the sentence.")
-        )  # fmt: skip
-    return write_rows(path, *rows)
-
-
-def settings(base, clusters, pairs, output, **changes):
-    values = {
-        "base": str(base), "clusters": str(clusters), "data": str(pairs), "output": str(output), "batch_size": 8,
-        "group_size": 3, "max_steps": 6, "save_steps": 2, "logging_steps": 1, "warmup_steps": 1, "report_to": "[]",
-        "device": "cpu", "temperature": 0.1, "learning_rate": 0.01, **changes,
-    }  # fmt: skip
-    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
-
-
-LORA = {"backbone": "lora", "lora_r": 4, "train_head": "true"}
-FROZEN = {"backbone": "frozen", "transform": "residual", "train_head": "true"}
-GENTLE = {"learning_rate": 1e-4}  # so that float16's rounding does not grow from step to step
-FULL = {"backbone": "full", "lora_dropout": 0.0}
-TOP = {"backbone": "top", "train_head": "true", "transform": "context"}
-
-
-@pytest.fixture
-def empty(tmp_path):
-    path = tmp_path / "empty.yaml"
-    path.write_text("")
-    return str(path)
-
-
-def log_of(output):
-    return [json.loads(line) for line in (Path(output) / "training_log.jsonl").read_text().splitlines()]
-
-
-def weights_of(output):
-    files = sorted(path for path in Path(output).glob("*.safetensors"))
-    return {f"{path.name}:{name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("mode", ["lora", "frozen", "full", "top"])
@@ -353,39 +303,3 @@ def test_another_recipe_does_not_continue_a_run(empty, bert, bert_clusters, pair
     assert "temperature: 0.1 -> 0.3" in capsys.readouterr().err
     after = weights_of(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def deepspeed(empty, arguments, ranks, timeout=540):
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_accelerators", str(ranks), "train/run.py", empty, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=timeout,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed's launcher runs on Linux")
-def test_two_ranks_under_the_deepspeed_launcher_equal_one_process(empty, mistral, mistral_clusters, pairs, tmp_path):
-    changes = {**LORA, "lora_dropout": 0.0}
-    assert train([empty, *settings(mistral, mistral_clusters, pairs, tmp_path / "one", **changes)]) == 0
-    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "two", **changes, deepspeed="zero1")
-    done = deepspeed(empty, arguments, 2)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        assert two["contrastive"] == pytest.approx(one["contrastive"], rel=2e-3)
-        assert two["kd"] == pytest.approx(one["kd"], rel=2e-2, abs=1e-4)
-    one, two = lens.load(tmp_path / "one"), lens.load(tmp_path / "two")
-    similarity = (one.encode(SENTENCES) * two.encode(SENTENCES)).sum(1)
-    assert similarity.min() > 0.999
-    # Continued from a checkpoint, two ranks reach the same losses.
-    losses = [r["loss"] for r in log_of(tmp_path / "two")]
-    (tmp_path / "two" / "lens.json").unlink()
-    shutil.rmtree(tmp_path / "two" / "checkpoint-6")
-    done = deepspeed(empty, arguments, 2)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "checkpoint-4" in done.stdout
-    assert [r["loss"] for r in log_of(tmp_path / "two")] == pytest.approx(losses, rel=1e-4)
-    sizes = [file.stat().st_size for file in (tmp_path / "two" / "checkpoint-4").rglob("*") if file.is_file()]
-    assert sum(sizes) < 1_000_000  # no frozen weights

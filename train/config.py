@@ -117,7 +117,7 @@ class Recipe:
     seed: int = 42
     """Decides batches, negatives, dropout and initial weights."""
     deepspeed: str | None = None
-    """DeepSpeed configuration: `zero1`, or a JSON file."""
+    """DeepSpeed configuration: zero1, zero2, zero3, zero2-offload, zero3-offload (to CPU memory), or a JSON file."""
 
     save_steps: int = 500
     """Optimizer steps between checkpoints."""
@@ -127,6 +127,13 @@ class Recipe:
     """Whether to go on from the newest whole checkpoint in `output`."""
     logging_steps: int = 10
     """Optimizer steps between log lines."""
+    eval_data: tuple[str, ...] = ()
+    """Folders in BEIR layout on which the model is evaluated (nDCG@10) while it trains; the best is kept in
+    `output`/best."""
+    eval_steps: int = 500
+    """Optimizer steps between evaluations; one more follows the last step."""
+    eval_instruction: str | None = None
+    """Instruction of the evaluation's queries."""
     report_to: tuple[str, ...] = field(default=("tensorboard",))
     """Trackers of transformers' Trainer: tensorboard, wandb, ...; none: []."""
     workers: int = 0
@@ -146,8 +153,8 @@ class Recipe:
         at_least = {
             "group_size": 1, "batch_size": 1, "gradient_accumulation": 1, "top_layers": 1, "lora_r": 1,
             "lora_alpha": 1, "warmup_steps": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
-            "workers": 0, "mini_batch_tokens": 1, "query_max_length": 4, "document_max_length": 4, "kd_weight": 0.0,
-            "weight_decay": 0.0, "max_grad_norm": 0.0,
+            "eval_steps": 1, "workers": 0, "mini_batch_tokens": 1, "query_max_length": 4, "document_max_length": 4,
+            "kd_weight": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0,
         }  # fmt: skip
         for name, limit in at_least.items():
             value = getattr(self, name)

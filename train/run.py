@@ -28,31 +28,27 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from lens.backbone import resolve_device
-from lens.files import check_output, read_json, require, write_json
+from lens.files import check_output, read_json, write_json
 from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel, build_model
 from lens.text import SPECIAL_TOKENS, TextProcessor
+from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
 from train.config import Recipe, load_recipe, parse_overrides
 from train.data import Batches, TeacherEmbeddings, read_examples
+from train.evaluate import MEASURE, best_folder, read_evaluation
+from train.parallel import collected, deepspeed_config, stage_of, whole_weights
+from train.progress import Stopping
 from train.sampler import Schedule
 from train.states import compute_states, keys_of
 from train.top import TopLayers
-from train.trainer import COMPLETE_FILE, LensTrainer, damage, whole_checkpoints
+from train.trainer import LensTrainer
 
 RECIPE_FILE = "recipe.json"
 STATES_FILE = "hidden.f16"
 FREE_FIELDS = {
     "output", "save_steps", "save_total_limit", "resume", "logging_steps", "report_to", "workers", "device",
+    "eval_data", "eval_steps", "eval_instruction",
 }  # fmt: skip
 """Fields that may change between a run and its continuation: they do not decide what is learnt."""
-
-ZERO1 = {
-    "zero_optimization": {"stage": 1},
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "bf16": {"enabled": "auto"},
-    "fp16": {"enabled": "auto"},
-}
 
 
 def main(arguments: list[str]) -> int:
@@ -80,7 +76,8 @@ def train(recipe: Recipe) -> None:
     rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
     if rank != 0:
-        _train(recipe, output)
+        with Stopping().listening() as stopping:
+            _train(recipe, output, stopping)
         return
     check_run(recipe, output)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +87,14 @@ def train(recipe: Recipe) -> None:
     except Timeout as error:
         raise FileExistsError(f"another run is writing to {output}: wait for it, or choose another output") from error
     try:
-        _train(recipe, output)
+        with Stopping().listening() as stopping:
+            _train(recipe, output, stopping)
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _train(recipe: Recipe, output: Path) -> None:
+def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if check_run(recipe, output) == "finished":
         _say(rank, f"{output} holds the finished model of this recipe; nothing to do")
@@ -110,10 +108,12 @@ def _train(recipe: Recipe, output: Path) -> None:
             raise ImportError(f"report_to: {tracker} is not installed; run: pip install {tracker}")
     sources = [read_examples(path, recipe.group_size) for path in recipe.data]
     teacher = TeacherEmbeddings(recipe.teacher_embeddings, sources) if recipe.teacher_embeddings else None
+    evaluation = read_evaluation(recipe.eval_data)
     arguments = training_arguments(recipe, world_size)
     schedule = make_schedule(recipe, [len(source) for source in sources])
     set_seed(recipe.seed)
-    model, tokenizer = build(recipe)
+    with whole_weights(arguments):
+        model, tokenizer = build(recipe)
     top = TopLayers(model.backbone, recipe.top_layers) if recipe.backbone == "top" else None
     text = TextProcessor(tokenizer, model.config)
     check_prompts(text, recipe, sources)
@@ -138,7 +138,7 @@ def _train(recipe: Recipe, output: Path) -> None:
         teacher,
         recipe.mini_batch_tokens,
     )
-    trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top)
+    trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top, evaluation, stopping)
     checkpoint = next(reversed(whole_checkpoints(output)), None)
     for marker in sorted(output.glob(f"checkpoint-*/{COMPLETE_FILE}")):
         if lost := damage(marker.parent):
@@ -149,9 +149,16 @@ def _train(recipe: Recipe, output: Path) -> None:
         _say(rank, f"{output} has no whole checkpoint: starting from the first step")
     set_seed(recipe.seed)  # building and caching took random numbers, how many depends on what was there already
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if rank == 0:
-        finish(model, tokenizer, recipe, output)
+    if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
+        _say(rank, f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on from there")
+    else:
+        with collected(model, every=recipe.include_backbone or model.backbone_is_own):
+            if rank == 0:
+                finish(model, tokenizer, recipe, output)
         _say(rank, f"model in {output}")
+        if trainer.state.best_metric is not None:
+            best = f"{trainer.state.best_metric:.4f} after step {trainer.state.best_global_step}"
+            _say(rank, f"best {MEASURE} {best}: {best_folder(output)}")
     trainer.accelerator.end_training()
 
 
@@ -237,15 +244,10 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
     """The Trainer's settings; raises ValueError when batch_size cannot be shared out among the ranks."""
     if recipe.batch_size % world_size:
         raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of the {world_size} ranks")
+    config = None
     if recipe.deepspeed is not None:
-        require("train", "deepspeed")
-        if recipe.deepspeed != "zero1":
-            stage = read_json(recipe.deepspeed).get("zero_optimization", {}).get("stage", 0)
-            if stage > 2:
-                raise ValueError(
-                    f"{recipe.deepspeed}: ZeRO stage {stage} scatters the weights that a checkpoint needs; "
-                    "stages up to 2 are supported"
-                )
+        config = deepspeed_config(recipe.deepspeed)
+        check_stage(recipe, stage_of(config))
         if "RANK" not in os.environ:  # plain python: DeepSpeed wants the variables of a launcher
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -271,7 +273,7 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
         save_steps=recipe.save_steps,
         logging_steps=recipe.logging_steps,
         report_to=list(recipe.report_to) or "none",
-        deepspeed=ZERO1 if recipe.deepspeed == "zero1" else recipe.deepspeed,
+        deepspeed=config,
         ddp_find_unused_parameters=False,
         use_cpu=on_cpu,
         disable_tqdm=True,
@@ -281,6 +283,21 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
     # One process takes one GPU: torch's DataParallel would cut packed batches apart.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def check_stage(recipe: Recipe, stage: int) -> None:
+    """Raises ValueError naming the fields that ZeRO stage 3, which scatters weights over the ranks, cannot serve."""
+    if stage < 3:
+        return
+    if recipe.backbone == "lora" and recipe.train_special_tokens:
+        raise ValueError(
+            "train_special_tokens=true contradicts ZeRO stage 3, which scatters the rows it trains: set it to false, "
+            "or take zero2"
+        )
+    if recipe.backbone == "top":
+        raise ValueError("backbone=top contradicts ZeRO stage 3: take zero2")
+    if recipe.eval_data:
+        raise ValueError("eval_data contradicts ZeRO stage 3: take zero2, or evaluate the finished model")
 
 
 def build(recipe: Recipe) -> tuple[LensModel, Any]:

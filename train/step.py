@@ -8,15 +8,16 @@ it, be it data parallelism, DeepSpeed or a gradient scaler, a step remains one f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
+from lens.backbone import hidden_states
 from lens.model import LensModel
 from train.top import TopLayers
 
@@ -44,35 +45,30 @@ class QueryPassageModel(nn.Module):
         """
         if mini_batches is None:
             return self._embed(**queries), self._embed(**passages)
-        partitioned = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
-        runs = list(mini_batches)
-        if partitioned:
-            # ZeRO-3 collects every layer's weights from all ranks: each must run as many passes as the others. No
-            # place names what is added here, so its gradient is zero.
-            first = {name: tensor[:1] for name, tensor in runs[0].items()}
-            runs += [first] * (_most(len(runs), queries.device) - len(runs))
-        if len(runs) == 1:
-            embeddings = self._embed(**runs[0])
+        if len(mini_batches) == 1:
+            embeddings = self._embed(**mini_batches[0])
         else:
-            embeddings = torch.cat([self._cached(inputs, partitioned) for inputs in runs])
+            embeddings = torch.cat([checkpoint(self._embed, use_reentrant=False, **part) for part in mini_batches])
         return embeddings[queries], embeddings[passages]
 
-    def _cached(self, inputs: dict[str, Tensor], partitioned: bool) -> Tensor:
-        # Partitioned weights have no shape between uses, and a pass that stops early would leave them collected.
-        check = "none" if partitioned else "default"
-        with set_checkpoint_early_stop(not partitioned):
-            embeddings: Tensor = checkpoint(self._embed, use_reentrant=False, determinism_check=check, **inputs)
-        return embeddings
-
-    def _embed(self, below: Tensor | None = None, pooled: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        if below is not None:
-            assert self.top is not None
-            assert pooled is not None
-            ends = F.pad(pooled.cumsum(0), (1, 0))  # pooled positions before each position
-            hidden = self.top(below, inputs["cu_seqlens"])[pooled]
-            inputs = {"hidden": hidden, "cu_seqlens": ends[inputs["cu_seqlens"]]}
+    def _embed(self, **inputs: Tensor) -> Tensor:
+        if "below" in inputs:
+            inputs = dict(zip(("hidden", "cu_seqlens"), self.states(**inputs), strict=True))
         embeddings: Tensor = self.model(**inputs)
         return embeddings
+
+    def states(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Final states of the pooled positions of one pass's texts (T, D) and the texts' offsets (B+1,)."""
+        if "hidden" in inputs:
+            return inputs["hidden"], inputs["cu_seqlens"]
+        if "below" in inputs:
+            assert self.top is not None
+            pooled, cu_seqlens = inputs["pooled"], inputs["cu_seqlens"]
+            ends = F.pad(pooled.cumsum(0), (1, 0))  # pooled positions before each position
+            return self.top(inputs["below"], cu_seqlens)[pooled], ends[cu_seqlens]
+        mask = inputs["pool_mask"].bool()
+        hidden = hidden_states(self.model.backbone, inputs["input_ids"], inputs["attention_mask"])
+        return hidden[mask], F.pad(mask.sum(1).cumsum(0), (1, 0))
 
     def train(self, mode: bool = True) -> QueryPassageModel:
         """As nn.Module's; of a backbone whose last layers alone are trained, those alone leave eval mode."""
@@ -89,6 +85,56 @@ class QueryPassageModel(nn.Module):
         if strict and (lost or result.unexpected_keys):
             raise RuntimeError(f"checkpoint lacks {lost[:5]}, has unknown {result.unexpected_keys[:5]}")
         return result
+
+
+def cached_backward(
+    model: nn.Module,
+    mini_batches: Sequence[dict[str, Tensor]],
+    loss: Callable[[Tensor], Tensor],
+    backward: Callable[[Tensor, bool], None],
+) -> Tensor:
+    """Gradient caching in two explicit passes, for ZeRO-3, which cannot collect weights inside a torch checkpoint.
+
+    Embeds the mini-batches without gradients, takes `loss` of all embeddings (N, K), then embeds each again with the
+    random numbers of the first time and hands its part of the gradient on: `backward(surrogate, last)`. All ranks run
+    as many passes, for each collects every layer's weights from all. Returns the detached loss.
+    """
+    device = next(model.parameters()).device
+    # No place names what is added here, so its gradient is zero.
+    idle = {name: tensor[:1] for name, tensor in mini_batches[0].items()}
+    runs = [*mini_batches, *[idle] * (_most(len(mini_batches), device) - len(mini_batches))]
+    states, parts = [], []
+    with torch.no_grad():
+        for inputs in runs:
+            states.append(_random_state(device))
+            parts.append(_rows(model, inputs))
+    after = _random_state(device)
+    leaf = torch.cat(parts).requires_grad_()
+    value = loss(leaf)
+    value.backward()
+    assert leaf.grad is not None
+    gradients = leaf.grad.split([len(part) for part in parts])
+    for number, (inputs, state, gradient) in enumerate(zip(runs, states, gradients, strict=True)):
+        _set_random_state(device, state)
+        backward((_rows(model, inputs) * gradient).sum(), number == len(runs) - 1)
+    _set_random_state(device, after)
+    return value.detach()
+
+
+def _rows(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    every = slice(None)
+    embeddings: Tensor = model(every, every, [inputs])[0]
+    return embeddings
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _most(count: int, device: torch.device) -> int:

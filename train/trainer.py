@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import shutil
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from lens.files import atomic_file, read_json, read_tensors, write_json
-from lens.model import HEAD_FILE, LensModel, read_head
+from lens.corpus import Beir
+from lens.encoder import LENS
+from lens.files import atomic_folder, read_tensors, write_json
+from lens.model import CONFIG_FILE, HEAD_FILE, LensModel, read_head
+from train.checkpoints import COMPLETE_FILE, mark_whole, whole_checkpoints
 from train.config import Recipe
 from train.data import Batches
-from train.loss import Loss, contrastive_loss
-from train.step import QueryPassageModel
+from train.evaluate import best_folder, evaluate
+from train.loss import contrastive_loss
+from train.parallel import collected
+from train.progress import Progress, Stopping
+from train.step import QueryPassageModel, cached_backward
 from train.top import TopLayers
+from train.watch import Watch, sample_of
 
-COMPLETE_FILE = "complete.json"  # the last file of a checkpoint; without it the checkpoint is not whole
-LOG_FILE = "training_log.jsonl"
 BACKBONE_FILE = "backbone.safetensors"
 
 
@@ -45,14 +47,22 @@ class LensTrainer(Trainer):
         recipe: Recipe,
         arguments: TrainingArguments,
         top: TopLayers | None = None,
+        evaluation: Sequence[Beir] = (),
+        stopping: Stopping | None = None,
     ) -> None:
-        super().__init__(model=QueryPassageModel(model, top), args=arguments, train_dataset=batches)
+        wrapped = QueryPassageModel(model, top)
+        super().__init__(model=wrapped, args=arguments, train_dataset=batches)
         self.lens, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.loss_is_scaled_for_ga = False
         self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(Path(recipe.output)))
-        self._sums: dict[str, Tensor] = {}
-        self._counted = 0
+        self.evaluation = evaluation
+        self.progress = Progress(Path(recipe.output))
+        self.add_callback(self.progress)
+        if evaluation:
+            self.add_callback(_Evaluating(recipe.eval_steps))
+        if stopping is not None:
+            self.add_callback(stopping)
+        self.watch = Watch(wrapped)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(
@@ -67,6 +77,28 @@ class LensTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         queries, passages = model(inputs["queries"], inputs["passages"], inputs["mini_batches"])
+        total = self._loss(inputs, queries, passages)
+        return (total, {"queries": queries, "passages": passages}) if return_outputs else total
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; gradient caching under ZeRO-3 takes its own two passes."""
+        if inputs["mini_batches"] is None or not any(hasattr(p, "ds_id") for p in model.parameters()):
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+
+        def loss(embeddings: Tensor) -> Tensor:
+            total = self._loss(inputs, embeddings[inputs["queries"]], embeddings[inputs["passages"]])
+            return total / self.current_gradient_accumulation_steps
+
+        def backward(surrogate: Tensor, last: bool) -> None:
+            engine = self.accelerator.deepspeed_engine_wrapped
+            engine.backward(surrogate, sync_gradients=last and self.accelerator.sync_gradients, scale_wrt_gas=False)
+
+        with self.compute_loss_context_manager():
+            return cached_backward(model, inputs["mini_batches"], loss, backward)
+
+    def _loss(self, inputs: dict[str, Any], queries: Tensor, passages: Tensor) -> Tensor:
         recipe = self.recipe
         loss = contrastive_loss(
             queries,
@@ -79,29 +111,17 @@ class LensTrainer(Trainer):
             inputs["teacher_vectors"],
             inputs["keys"],
         )
-        self._count(loss, queries.detach(), passages.detach())
-        return (loss.total, {"queries": queries, "passages": passages}) if return_outputs else loss.total
-
-    def _count(self, loss: Loss, queries: Tensor, passages: Tensor) -> None:
-        parts = {
-            "contrastive": loss.contrastive,
-            "kd": loss.kd,
-            "accuracy": loss.accuracy,
-            "active_per_query": (queries > 0).sum(1).float().mean(),
-            "active_per_passage": (passages > 0).sum(1).float().mean(),
-        }
-        for name, value in parts.items():  # summed on the device; read only when logged
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._counted += 1
+        self.watch.count(loss, queries.detach(), passages.detach(), sample_of(inputs))
+        return loss.total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._counted:
-            means = torch.stack(list(self._sums.values())) / self._counted
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(means)
-                means /= dist.get_world_size()
-            logs.update(zip(self._sums, means.tolist(), strict=True))
-            self._sums, self._counted = {}, 0
+        if "loss" in logs:
+            figures = self.watch.figures()
+            logs.update(figures)
+            logs["temperature"] = self.recipe.temperature
+            if figures and self.state.global_step > self.recipe.warmup_steps:
+                for warning in self.watch.warnings(figures):
+                    self.progress.say(f"warning: step {self.state.global_step}: {warning}")
         if not all(math.isfinite(value) for value in logs.values() if isinstance(value, float)):
             raise FloatingPointError(
                 f"loss or gradient is not finite at step {self.state.global_step}: lower learning_rate, or use bf16 in "
@@ -132,9 +152,29 @@ class LensTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the artifact of the present state, a backbone that was trained itself with it, into `output_dir`."""
         folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lens.write(folder, self.tokenizer)
+        with collected(self.lens, every=self.lens.backbone_is_own):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.lens.write(folder, self.tokenizer)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """nDCG@10 on the evaluation's data sets; the model's artifact goes to `best` when it is the best so far."""
+        mode = self.lens.training
+        with self.compute_loss_context_manager():
+            model = LENS(self.lens, self.tokenizer, self.args.device)
+            values = evaluate(model, self.evaluation, self.recipe.eval_instruction)
+        self.lens.train(mode)
+        value, best = values["eval_ndcg@10"], self.state.best_metric
+        self.log(values)
+        if best is None or value > best:
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            with collected(self.lens, every=self.lens.backbone_is_own):
+                if self.args.should_save:
+                    best_folder_of_run = best_folder(Path(self.args.output_dir))
+                    with atomic_folder(best_folder_of_run, overwrite=True, marker=CONFIG_FILE) as folder:
+                        self.lens.write(folder, self.tokenizer)
+                        write_json(folder / "evaluation.json", {"step": self.state.global_step, **values})
+        return values
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -166,78 +206,31 @@ class LensTrainer(Trainer):
         folder = output / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:  # one of this step, damaged since, must not pass for whole while it is replaced
             (folder / COMPLETE_FILE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"checkpoint {folder} could not be written ({error}): make room on the disk and start the same command "
+                "again, which goes on from the checkpoint before"
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-            write_json(folder / COMPLETE_FILE, {"step": self.state.global_step, "files": sizes})
+            mark_whole(folder, self.state.global_step)
             # Old checkpoints go only now that the new one is whole.
             for old in whole_checkpoints(output)[: -self.recipe.save_total_limit]:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _only(items: list[Any]) -> Any:
-    return items[0]
+class _Evaluating(TrainerCallback):  # type: ignore[misc]
+    """Asks for an evaluation every `steps` optimizer steps and after the last one."""
 
-
-def whole_checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints in `output`, lowest step first: those with every file that they were finished with."""
-    numbered = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    whole = [path for path in numbered if (path / COMPLETE_FILE).is_file() and not damage(path)]
-    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def damage(checkpoint: Path) -> list[str]:
-    """Names of the files of a finished checkpoint that are missing or no longer of the size they were written with."""
-    try:
-        sizes: dict[str, int] = read_json(checkpoint / COMPLETE_FILE)["files"]
-        return [name for name, size in sizes.items() if (checkpoint / name).stat().st_size != size]
-    except FileNotFoundError as error:
-        return [Path(error.filename).name]
-    except (KeyError, ValueError):
-        return [COMPLETE_FILE]
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a training log; a line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
-
-
-class Progress(TrainerCallback):  # type: ignore[misc]
-    """A progress bar with loss parts and time left, and one JSON line per log step in `training_log.jsonl`."""
-
-    def __init__(self, output: Path) -> None:
-        self.log_path = output / LOG_FILE
-        self.bar: tqdm[Any] | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.monotonic()
-        self.seconds = 0.0
-        if state.is_world_process_zero:
-            kept = [row for row in read_log(self.log_path) if row["step"] <= state.global_step]
-            self.seconds = kept[-1]["seconds"] if kept else 0.0
-            with atomic_file(self.log_path, overwrite=True) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        control.should_evaluate = state.global_step % self.steps == 0 or state.global_step == state.max_steps
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.bar is None or "loss" not in logs:
-            return
-        shown = {name: f"{logs[name]:.3f}" for name in ("loss", "contrastive", "kd", "accuracy") if name in logs}
-        self.bar.set_postfix(shown)
-        seconds = self.seconds + time.monotonic() - self.started
-        row = {"step": state.global_step, **logs, "seconds": round(seconds, 2)}
-        with self.log_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+def _only(items: list[Any]) -> Any:
+    return items[0]

@@ -1,0 +1,136 @@
+"""Runs that are killed, asked to stop, or cannot write: nothing is lost, and the end is that of an unbroken run."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from train_helpers import LORA, log_of, settings, weights_of
+
+from train.checkpoints import whole_checkpoints
+from train.progress import LOG_FILE, read_log
+from train.run import main as train
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and limits as on Linux")
+
+
+def start(empty, arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-u", "train/run.py", empty, *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def wait_for_step(output, step, process):
+    """Returns when the log has a row of `step`; fails when the process ends before."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if any(row["step"] >= step for row in read_log(output / LOG_FILE)):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    raise AssertionError(f"no step {step}")
+
+
+STEPS = {"max_steps": 60, "save_steps": 7, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def whole(mistral, mistral_clusters, pairs, tmp_path_factory):
+    """An unbroken run: its folder, made in a process of one thread like the others."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "empty.yaml").write_text("")
+    output = folder / "run"
+    process = start(str(folder / "empty.yaml"), settings(mistral, mistral_clusters, pairs, output, **LORA, **STEPS))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def assert_same_end(one, other):
+    ours, theirs = weights_of(one), weights_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    rows = [[(r["step"], r["loss"], r["grad_norm"]) for r in log_of(folder)] for folder in (one, other)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_killed_at_three_random_moments_ends_as_if_unbroken(whole, empty, mistral, mistral_clusters, pairs, tmp_path):
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", **LORA, **STEPS)
+    rng = random.Random()  # other moments at every run of this test
+    for step in sorted(rng.sample(range(1, 55), 3)):
+        process = start(empty, arguments)
+        wait_for_step(tmp_path / "run", step, process)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    process = start(empty, arguments)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "going on from" in out or step < 8
+    assert_same_end(whole, tmp_path / "run")
+
+
+def test_sigterm_saves_and_ends_in_order(whole, empty, mistral, mistral_clusters, pairs, tmp_path):
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", **LORA, **STEPS)
+    process = start(empty, arguments)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.terminate()
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "stopped by SIGTERM after step" in out
+    stopped = int(out.rpartition("after step ")[2].split(";")[0])
+    assert whole_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{stopped}"
+    assert not (tmp_path / "run" / "lens.json").exists()
+    process = start(empty, arguments)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert f"checkpoint-{stopped}" in out
+    assert_same_end(whole, tmp_path / "run")
+
+
+def test_sigterm_before_the_first_step(empty, mistral, mistral_clusters, pairs, tmp_path):
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", **LORA, **STEPS)
+    process = start(empty, arguments)
+    while not (tmp_path / ".run.lock").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    time.sleep(0.05)  # the handler is set right after the lock
+    process.terminate()
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "stopped by SIGTERM" in out
+
+
+def test_a_full_disk_costs_no_finished_checkpoint(empty, mistral, mistral_clusters, pairs, tmp_path, capsys):
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", **LORA)
+    assert train([empty, *settings(mistral, mistral_clusters, pairs, tmp_path / "whole", **LORA)]) == 0
+    largest = max(f.stat().st_size for f in (tmp_path / "whole" / "checkpoint-4").rglob("*") if f.is_file())
+
+    def no_room():  # files of that size fail to be written as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    process = start(empty, arguments, preexec_fn=no_room)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, errors
+    assert "checkpoint-2 could not be written" in errors
+    assert "make room on the disk" in errors
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+    capsys.readouterr()
+    assert train([empty, *arguments]) == 0
+    assert "no whole checkpoint" not in capsys.readouterr().err
+    for name, tensor in weights_of(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights_of(tmp_path / "run")[name]), name

@@ -1,0 +1,94 @@
+"""DeepSpeed by one name, and whole weights where ZeRO-3 has scattered them over the ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from lens.files import read_json, require
+
+_AUTO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+}
+_OFFLOAD = {"device": "cpu", "pin_memory": True}
+_ZERO: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+    "zero3": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True},
+    "zero2-offload": {"stage": 2, "contiguous_gradients": True, "offload_optimizer": _OFFLOAD},
+    "zero3-offload": {
+        "stage": 3,
+        "contiguous_gradients": True,
+        "offload_optimizer": _OFFLOAD,
+        "offload_param": _OFFLOAD,
+    },
+}
+CONFIGURATIONS = tuple(_ZERO)
+
+
+def deepspeed_config(name: str) -> dict[str, Any]:
+    """The DeepSpeed configuration of one of CONFIGURATIONS, or of a JSON file of that path.
+
+    Raises FileNotFoundError and ValueError naming the file, and ImportError without DeepSpeed.
+    """
+    require("train", "deepspeed")
+    if name not in _ZERO:
+        try:
+            return read_json(name)
+        except FileNotFoundError as error:
+            names = ", ".join(CONFIGURATIONS)
+            raise FileNotFoundError(f"deepspeed: {name} is neither a file nor one of {names}") from error
+    # The optimizer is torch's, so that its parameter groups hold; DeepSpeed's own would have to be compiled.
+    return {"zero_optimization": copy.deepcopy(_ZERO[name]), "zero_force_ds_cpu_optimizer": False, **_AUTO}
+
+
+def stage_of(config: dict[str, Any] | None) -> int:
+    """The ZeRO stage of a DeepSpeed configuration; 0 for None and for one without ZeRO."""
+    return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
+
+
+@contextmanager
+def whole_weights(arguments: TrainingArguments) -> Iterator[None]:
+    """Within, models are built whole on every rank although ZeRO-3 will scatter them.
+
+    transformers would scatter weights as it loads them, before vocabulary, adapter and probes have seen them.
+    """
+    config = getattr(arguments, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+@contextmanager
+def collected(module: nn.Module, every: bool = True) -> Iterator[None]:
+    """Within, the weights of `module` that ZeRO-3 has scattered are whole on every rank, which all must enter.
+
+    Not `every`: those that are trained, and the head.
+    """
+    scattered = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if hasattr(parameter, "ds_id") and (every or parameter.requires_grad or ".head." in f".{name}")
+    ]
+    if not scattered:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(scattered):
+        yield

@@ -1,0 +1,106 @@
+"""What a run shows while it trains: a bar, a log file; and how it stops when it is asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from lens.files import atomic_file
+
+LOG_FILE = "training_log.jsonl"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a training log; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A progress bar with loss parts and time left, and one JSON line per log step in `training_log.jsonl`."""
+
+    def __init__(self, output: Path) -> None:
+        self.log_path = output / LOG_FILE
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = time.monotonic()
+        self.seconds = 0.0
+        if state.is_world_process_zero:
+            kept = [row for row in read_log(self.log_path) if row["step"] <= state.global_step]
+            self.seconds = kept[-1]["seconds"] if kept else 0.0
+            with atomic_file(self.log_path, overwrite=True) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is None or not ("loss" in logs or any(name.startswith("eval_") for name in logs)):
+            return
+        if "loss" in logs:
+            shown = ("loss", "contrastive", "kd", "accuracy")
+            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in shown if name in logs})
+        seconds = self.seconds + time.monotonic() - self.started
+        row = {"step": state.global_step, **logs, "seconds": round(seconds, 2)}
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def say(self, message: str) -> None:
+        """Prints a line above the bar; only where there is one, on the first rank."""
+        if self.bar is not None:
+            tqdm.write(message)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Stopping(TrainerCallback):  # type: ignore[misc]
+    """Turns SIGTERM, by which clusters and launchers end a run, into a checkpoint and an orderly end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.training = False
+
+    @contextmanager
+    def listening(self) -> Iterator[Stopping]:
+        """Within, SIGTERM asks for a stop; before training it ends the process at once, with status 0."""
+        before = signal.signal(signal.SIGTERM, self._receive)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if not self.training:
+            print("stopped by SIGTERM before the first step; the same command starts again", flush=True)
+            raise SystemExit(0)
+        self.asked = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if dist.is_initialized():  # the signal reaches the ranks at different steps; they must stop after the same one
+            asked = torch.tensor(int(self.asked), device=args.device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.asked = bool(asked)
+        if self.asked and state.global_step < state.max_steps:
+            control.should_training_stop = control.should_save = True

@@ -1,0 +1,143 @@
+"""What training does to the clusters: figures for the log, and warnings when embeddings collapse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.loss import Loss
+from train.step import QueryPassageModel
+
+# Legend: Q queries, N passages, T pooled positions of all texts, L those of one, D hidden size, K clusters.
+
+_SAMPLE = 8  # passages whose maxima are traced to their positions at each log step
+
+
+class Watch:
+    """Means over the steps since the last log line, of all ranks. Read only when logged, so that no step waits."""
+
+    def __init__(self, model: QueryPassageModel) -> None:
+        self.model = model
+        self.warned: set[str] = set()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._active: Tensor | None = None  # (K,) passages in which each cluster was active
+        self._steps = self._passages = 0
+        self._sample: dict[str, Tensor] | None = None
+
+    def count(self, loss: Loss, queries: Tensor, passages: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Takes in one batch: its loss, embeddings (Q, K) and (N, K), and the model inputs of some passages."""
+        active = passages > 0
+        unit = F.normalize(queries.float(), dim=1)
+        pairs = max(len(unit) * (len(unit) - 1), 1)
+        parts = {
+            "contrastive": loss.contrastive,
+            "kd": loss.kd,
+            "accuracy": loss.accuracy,
+            "active_per_query": (queries > 0).sum(1).float().mean(),
+            "active_per_passage": active.sum(1).float().mean(),
+            "query_cosine": (unit.sum(0).square().sum() - unit.square().sum()) / pairs,
+        }
+        for name, value in parts.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        used = active.sum(0)
+        self._active = used if self._active is None else self._active + used
+        self._steps += 1
+        self._passages += len(passages)
+        self._sample = inputs
+
+    def figures(self) -> dict[str, float]:
+        """The figures since the last call; all ranks call together. Empty when nothing was counted.
+
+        `accuracy` is the share of queries whose positive scores highest, `query_cosine` the mean cosine of two queries
+        of a batch. `dead_clusters` and `always_on_clusters` are shares of the K clusters that were active in none and
+        in all passages; `maxima_first` and `maxima_last` shares of the active clusters of some passages whose maximum
+        lies at the first and at the last pooled position.
+        """
+        if self._active is None or self._sample is None:
+            return {}
+        values = torch.stack([value.float() for value in self._sums.values()]) / self._steps
+        first, last = maxima_at_ends(self.model, self._sample)
+        totals = torch.cat([values, torch.stack([first, last])])
+        active, passages = self._active, self._passages
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+            totals /= dist.get_world_size()
+            dist.all_reduce(active)
+            passages *= dist.get_world_size()
+        figures = dict(zip([*self._sums, "maxima_first", "maxima_last"], totals.tolist(), strict=True))
+        figures["dead_clusters"] = float((active == 0).float().mean())
+        figures["always_on_clusters"] = float((active == passages).float().mean())
+        self._reset()
+        return figures
+
+    def warnings(self, figures: dict[str, float]) -> list[str]:
+        """What in `figures` says that the embeddings collapse; each kind is told once a run."""
+        found = {
+            "empty": (
+                figures["active_per_passage"] < 1,
+                "passages have hardly an active cluster ({active_per_passage:.2f} on average): lower the learning rate",
+            ),
+            "same": (
+                figures["query_cosine"] > 0.99,
+                "all queries get nearly the same embedding (mean cosine {query_cosine:.3f}): lower the learning rate",
+            ),
+            "sink": (
+                figures["maxima_first"] > 0.5,
+                "{maxima_first:.0%} of the maxima lie at the first pooled position: embeddings hardly see the text",
+            ),
+            "always on": (
+                figures["always_on_clusters"] > 0.5,
+                "{always_on_clusters:.0%} of the clusters are active in every passage: they tell texts apart by "
+                "weight alone",
+            ),
+            "dead": (
+                figures["dead_clusters"] > 0.9,
+                "{dead_clusters:.0%} of the clusters were active in no passage since the last log line",
+            ),
+        }
+        new = [name for name, (holds, _) in found.items() if holds and name not in self.warned]
+        self.warned.update(new)
+        return [found[name][1].format(**figures) for name in new]
+
+
+def sample_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The model inputs of the first few passages of a batch, or texts of its first mini-batch."""
+    texts: dict[str, Tensor] = inputs["passages"] if inputs["mini_batches"] is None else inputs["mini_batches"][0]
+    if "input_ids" in texts:
+        return {name: tensor[:_SAMPLE] for name, tensor in texts.items()}
+    ends = texts["cu_seqlens"][: _SAMPLE + 1]
+    return {name: ends if name == "cu_seqlens" else tensor[: int(ends[-1])] for name, tensor in texts.items()}
+
+
+@torch.no_grad()
+def maxima_at_ends(model: QueryPassageModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Shares of the active clusters' maxima at the first and at the last pooled position, over texts of two and more.
+
+    Zeros when no cluster is active. `inputs` are those of one pass of `model`.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        hidden, cu_seqlens = model.states(**inputs)
+        head = model.model.head
+        states = head.transform(hidden.to(head.weight.dtype), cu_seqlens)
+        first = last = total = torch.zeros((), device=hidden.device)
+        for text in torch.split(states, cu_seqlens.diff().tolist()):  # (L, D)
+            if len(text) < 2:
+                continue
+            greatest, places = F.linear(text, head.weight, head.bias).max(0)  # (K,)
+            active = greatest > 0
+            first = first + (active & (places == 0)).sum()
+            last = last + (active & (places == len(text) - 1)).sum()
+            total = total + active.sum()
+        return first / total.clamp(min=1), last / total.clamp(min=1)
+    finally:
+        for module, training in modes.items():
+            module.training = training
