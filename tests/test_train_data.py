@@ -10,8 +10,9 @@ from conftest import SENTENCES, row, write_rows
 
 import lens
 from lens.text import TextProcessor
-from train.data import Batches, Example, choose, read_examples
+from train.data import Batches, Example, choose
 from train.sampler import Schedule
+from train.sources import read_examples
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,8 @@ class LensTrainer(Trainer):
             recipe.kd_temperature,
             inputs["in_batch"],
             inputs["teacher_vectors"],
-            inputs["keys"],
+            None if recipe.mask_false_negatives == "none" else inputs["keys"],
+            recipe.false_negative_margin if recipe.mask_false_negatives == "teacher" else None,
         )
         self._count(loss, queries.detach(), passages.detach())
         return (loss.total, {"queries": queries, "passages": passages}) if return_outputs else loss.total
