@@ -6,8 +6,9 @@
 (arXiv 2501.09749, section 3.3). A bi-encoder teacher has scores for all passages of the batch, and kd is then taken
 over all of them, like the contrastive part. False negatives can be left out of the contrastive softmax: passages with
 the text of one of the query's positives or of the query itself, and those that the teacher scores above the positive;
-kd sees every passage, because the teacher says what each is worth. The gather carries gradients, so that the data-parallel mean over ranks
-is the gradient of the loss of the whole batch, whatever the number of ranks, and `kd_weight` means what it says.
+kd sees every passage, because the teacher says what each is worth. The gather carries gradients, so that the
+data-parallel mean over ranks is the gradient of the loss of the whole batch, whatever the number of ranks, and
+`kd_weight` means what it says.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ class Schedule:
         if order is None:
             seed = f"{self.seed} {epoch} {source}" + (f" {turn}" if turn else "")
             blocks = self.blocks[source]
-            order = _Shuffled(self.sizes[source], seed) if blocks is None else _ShuffledBlocks(blocks, seed)
+            whole = (turn + 1) * (self.sizes[source] // self.batch_sizes[source]) <= self.counts[source]
+            order = _Shuffled(self.sizes[source], seed) if blocks is None else _ShuffledBlocks(blocks, seed, whole)
             self._orders[source, turn] = order
         return order
 
@@ -115,18 +116,22 @@ class _Shuffled:
 
 class _ShuffledBlocks:
     """Rows of a data set: its files in random order, the blocks of a file in their own, the rows of a block in random
-    order."""
+    order. A pass that is not taken whole begins at any block, or one file would always give its beginning."""
 
-    def __init__(self, files: Blocks, seed: str) -> None:
+    def __init__(self, files: Blocks, seed: str, whole: bool = True) -> None:
         self.seed = seed
+        rng = random.Random(seed)
         starts = list(accumulate((sum(file) for file in files), initial=0))
         order = list(range(len(files)))
-        random.Random(seed).shuffle(order)
+        rng.shuffle(order)
         self.starts: list[int] = []  # first row of every block
         self.counts: list[int] = []
         for file in order:
             self.starts += [starts[file] + offset for offset in list(accumulate(files[file], initial=0))[:-1]]
             self.counts += files[file]
+        first = 0 if whole else rng.randrange(len(self.counts))
+        self.starts = self.starts[first:] + self.starts[:first]
+        self.counts = self.counts[first:] + self.counts[:first]
         self.ends = list(accumulate(self.counts))
         self._rows: tuple[int, list[int]] = (-1, [])
 

@@ -181,19 +181,24 @@ def _hub_sets(
         configurations = datasets.get_dataset_config_names(repo, revision=revision)
         name, split = (subset, None) if subset in configurations else (None, subset)
         if block_size is None:
-            tables = datasets.load_dataset(repo, name, revision=revision)
-            parts: dict[str, list[Rows]] = {str(s): [Table(f"{repo}:{s}", table)] for s, table in tables.items()}
+            splits: Any = datasets.load_dataset(repo, name, revision=revision)
         else:
-            files = datasets.load_dataset_builder(repo, name, revision=revision).config.data_files or {}
-            wanted = {str(s): urls for s, urls in files.items() if split in (None, str(s))}
-            parts = {s: [Stream(str(url), block_size) for url in urls] for s, urls in wanted.items()}
+            splits = datasets.load_dataset_builder(repo, name, revision=revision).config.data_files or {}
+        if split is not None and split not in splits:
+            known = ", ".join([*configurations, *map(str, splits)])
+            raise ValueError(f"{repo} has no subset {split!r}: it has {known}")
+        found: list[tuple[str, list[Rows]]] = []
+        for part in map(str, splits):
+            title = f"{repo}:{part}"
+            if split in (None, part) and block_size is None:
+                found.append((title, [Table(title, splits[part])]))
+            elif split in (None, part):
+                found.append((title, [Stream(str(url), block_size or 1) for url in splits[part]]))
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise ValueError(
             f"{source} is no file or folder here, and reading it from the hub failed: {brief(error)}"
         ) from error
-    if split is not None and split not in parts:
-        raise ValueError(f"{source}: {repo} has no subset {split!r}: it has {', '.join([*configurations, *parts])}")
-    return [(f"{repo}:{s}", rows) for s, rows in parts.items() if split in (None, s)]
+    return found
 
 
 def make_schedule(recipe: Recipe, sources: list[DataSet]) -> Schedule:
