@@ -5,15 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from functools import partial
 
 import pytest
-from conftest import ROOT, row, write_rows
+from conftest import ROOT, SENTENCES, row, write_rows
 
 from train.config import Recipe
 from train.data import Example
+from train.run import main as train
 from train.sources import local_files, open_sources, read_examples, read_sources
 
 ROWS = [
@@ -187,3 +189,34 @@ def test_own_negatives_need_a_group(tmp_path):
     assert len(read_sources(recipe(path, group_size=1, type_group_size={"symmetric_class": 2}))) == 1
     assert len(open_sources(recipe(path, group_size=1))) == 1
     assert len(read_examples(path)) == 1
+
+
+def test_a_streamed_run_goes_on_with_the_very_next_batch(bert, bert_clusters, tmp_path):
+    """Two data sets of different types and weights, streamed by two workers, stopped and continued."""
+    one = write(tmp_path / "one.jsonl", [{**item, "query": f"{SENTENCES[i % 7]} {i}"} for i, item in enumerate(ROWS)])
+    two = write(tmp_path / "two.jsonl", [{**item, "type": "symmetric_sts"} for item in ROWS])
+    arguments = {
+        "base": bert, "clusters": bert_clusters, "batch_size": 4, "group_size": 3, "data_weights": [1, 2], "workers": 2,
+        "type_batch_size": "symmetric_sts=6", "streaming": "true", "shuffle_buffer": 7, "save_steps": 3, "max_steps": 9,
+        "cache_hidden": "false", "backbone": "frozen", "train_head": "true", "logging_steps": 1, "warmup_steps": 1,
+        "report_to": "[]", "device": "cpu", "learning_rate": 0.01, "save_total_limit": 9, "seed": 5,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text("mask_false_negatives: teacher\n")
+
+    def go(output):
+        values = {**arguments, "output": output}
+        command = [str(tmp_path / "recipe.yaml"), "--data", str(one), str(two)]
+        for name, value in values.items():
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        assert train(command) == 0
+        lines = (output / "training_log.jsonl").read_text().splitlines()
+        return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+    whole = go(tmp_path / "whole")
+    assert [step for step, _ in whole] == list(range(1, 10))
+    cut = tmp_path / "cut"
+    go(cut)
+    (cut / "lens.json").unlink()
+    for step in (6, 9):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    assert go(cut) == whole
