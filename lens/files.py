@@ -188,17 +188,26 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error}): {line[:80]!r}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        if "\\ud" in line.lower():
-            try:
-                json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{path}:{number}: a lone surrogate (\\ud800 to \\udfff) is not valid text") from error
+            row = json_object(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
         yield number, row
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """The JSON object that a line holds; raises ValueError when it is none, or holds a lone surrogate."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error}): {line[:80]!r}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a lone surrogate (\\ud800 to \\udfff) is not valid text") from error
+    return row
 
 
 def require(extra: str, *modules: str) -> None:

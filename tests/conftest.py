@@ -151,6 +151,17 @@ def bert_clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_clusters(tmp_path_factory.mktemp("clusters") / "bert", len(encoder_tokenizer()))
 
 
+@pytest.fixture
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The `datasets` library, offline, with a cache of its own for the test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return tmp_path / "datasets"
+
+
 def need(path: Path) -> Path:
     """Skips the test, saying why, where a shared data set is absent."""
     if not path.exists():

@@ -64,26 +64,65 @@ def test_teacher_embeddings_score_every_passage(in_batch):
     assert float(loss.total) == pytest.approx(float(loss.contrastive) + 0.3 * kd / 3, rel=1e-4)
 
 
-@pytest.mark.parametrize("taught", [True, False])
-def test_a_passage_that_is_also_ones_own_positive_is_no_negative(taught):
-    torch.manual_seed(3)
-    queries, passages = torch.randn(3, 8), torch.randn(6, 8)
-    vectors = (torch.randn(3, 4), torch.randn(6, 4)) if taught else None
-    positives = torch.tensor([[10, -1], [12, 14], [14, -1]])
-    names = torch.tensor([10, 11, 12, 13, 14, 10])  # the last one repeats query 0's positive; 14 is query 1's other
-    loss = contrastive_loss(queries, passages, None, 0.7, 0.3, 0.9, True, vectors, (positives, names))
-    allowed = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
-    contrastive = kd = 0.0
-    for i, pool in enumerate(allowed):
-        student = {j: math.exp(float(queries[i] @ passages[j]) / 0.7) for j in pool}
-        contrastive -= math.log(student[2 * i] / sum(student.values())) / 3
-        if taught:
-            teacher = {j: math.exp(float(vectors[0][i] @ vectors[1][j]) / 0.9) for j in pool}
-            for j in pool:
-                t = teacher[j] / sum(teacher.values())
-                kd += t * math.log(t / (student[j] / sum(student.values()))) / 3
-    assert float(loss.contrastive) == pytest.approx(contrastive, rel=1e-4)
-    assert float(loss.kd) == pytest.approx(kd, rel=1e-4)
+def masked(queries, passages, allowed, known, group, in_batch, teacher):
+    """Both parts by plain Python: `allowed(i, j)` says whether passage j is no false negative of query i, and
+    `teacher(i, j)` is its score, over the passages of `known(i)`."""
+    n = len(queries)
+    contrastive = kd = torch.zeros(())
+    for i in range(n):
+        own = range(i * group, (i + 1) * group)
+        student = {j: torch.exp(queries[i] @ passages[j] / 0.7) for j in range(len(passages))}
+        pool = [j for j in (range(len(passages)) if in_batch else own) if j == i * group or allowed(i, j)]
+        contrastive = contrastive - torch.log(student[i * group] / sum(student[j] for j in pool)) / n
+        marks = {j: math.exp(teacher(i, j) / 0.9) for j in known(i)}
+        for j, mark in marks.items():  # every passage, false negative or not
+            t = mark / sum(marks.values())
+            kd = kd + t * torch.log(t / (student[j] / sum(student[k] for k in marks))) / n
+    return contrastive, kd
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("with_vectors", [True, False])
+@pytest.mark.parametrize("margin", [None, 0.0, -0.4, 0.6])
+def test_false_negatives_leave_the_denominator_and_distillation_sees_them(in_batch, with_vectors, margin):
+    torch.manual_seed(4)
+    queries, passages, group = torch.randn(4, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True), 3
+    names = [10, 11, 12, 20, 11, 10, 30, 31, 30, 40, 41, 20]  # 30 repeats its own positive, 10 and 20 others'
+    excepted = [[10, -1, 1], [20, -1, 41], [30, 12, 3], [40, -1, 41]]  # positives, padding, the query itself
+    scores = torch.randn(4, 3)
+    vectors = (torch.randn(4, 5), torch.randn(12, 5)) if with_vectors else None
+
+    def teacher(i, j):
+        return float(vectors[0][i] @ vectors[1][j]) if with_vectors else float(scores[i, j - i * group])
+
+    def known(i):
+        return range(12) if with_vectors and in_batch else range(i * group, (i + 1) * group)
+
+    def allowed(i, j):
+        above = margin is not None and j in known(i) and teacher(i, j) > teacher(i, i * group) + margin
+        return names[j] not in excepted[i] and not above
+
+    keys = (torch.tensor(excepted), torch.tensor(names))
+    loss = contrastive_loss(
+        queries, passages, None if with_vectors else scores, 0.7, 0.3, 0.9, in_batch, vectors, keys, margin
+    )
+    contrastive, kd = masked(queries, passages, allowed, known, group, in_batch, teacher)
+    torch.testing.assert_close(loss.contrastive, contrastive.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.kd, kd.detach(), rtol=1e-4, atol=1e-6)
+    found = torch.autograd.grad(loss.total, (queries, passages))
+    for one, other in zip(found, torch.autograd.grad(contrastive + 0.3 * kd, (queries, passages)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    plain = contrastive_loss(queries, passages, None if with_vectors else scores, 0.7, 0.3, 0.9, in_batch, vectors)
+    assert float(plain.contrastive) > float(loss.contrastive) + 1e-3  # the case masks something
+    assert float(plain.kd) == pytest.approx(float(loss.kd))
+
+
+def test_a_query_whose_negatives_are_all_false_has_no_contrastive_loss():
+    queries, passages = torch.randn(1, 4, requires_grad=True), torch.randn(3, 4)
+    loss = contrastive_loss(queries, passages, torch.tensor([[0.0, 1.0, 2.0]]), 1, 0, 1, True, teacher_margin=0.0)
+    loss.total.backward()
+    assert float(loss.contrastive) == 0
+    assert torch.equal(queries.grad, torch.zeros(1, 4))
 
 
 def test_weight_zero_and_single_passages_switch_distillation_off():

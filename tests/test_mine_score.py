@@ -7,9 +7,9 @@ import json
 import pytest
 from conftest import SENTENCES, write_rows
 
-from train.data import read_examples
 from train.mine import main as mine
 from train.score import main as score
+from train.sources import read_examples
 
 
 @pytest.fixture

@@ -29,6 +29,22 @@ def test_recipe_from_yaml_and_overrides(tmp_path):
     assert Recipe(**recipe.resolved()) == recipe
 
 
+def test_lists_of_numbers_and_sizes_by_type(tmp_path):
+    path = recipe_file(tmp_path, type_group_size={"symmetric_class": 2}, data_weights=2)
+    assert load_recipe(path).data_weights == (2.0,)
+    assert load_recipe(path).group_size_of("symmetric_class") == 2
+    assert load_recipe(path).group_size_of("only_1neg") == 2
+    assert load_recipe(path).group_size_of("retrieval") == 8
+    arguments = ["--data", "a", "b", "--data_weights", "1", "0.5"]
+    arguments += ["--type_batch_size", "symmetric_sts=256", "symmetric_class=128"]
+    recipe = load_recipe(path, parse_overrides(arguments))
+    assert recipe.data_weights == (1.0, 0.5)
+    assert [recipe.batch_size_of(kind) for kind in ("symmetric_sts", "symmetric_class", "retrieval")] == [256, 128, 512]
+    assert Recipe(**recipe.resolved()) == recipe
+    one = load_recipe(path, parse_overrides(["--type_batch_size=symmetric_sts=4", "--type_group_size", "null"]))
+    assert (one.type_batch_size, one.type_group_size) == ({"symmetric_sts": 4}, None)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -43,6 +59,18 @@ def test_recipe_from_yaml_and_overrides(tmp_path):
         ({"lora_dropout": 1.0}, "lora_dropout must be from 0 to below 1"),
         ({"data": []}, "data must name at least one file"),
         ({"output": None}, "output is missing: set it in the recipe or pass --output"),
+        ({"data_weights": [1, 2]}, r"data_weights must be 1 numbers above 0 .* found \[1.0, 2.0\]"),
+        ({"data_weights": [0]}, "data_weights must be 1 numbers above 0"),
+        ({"data_weights": ["much"]}, "data_weights must be a list of finite numbers or null; found"),
+        ({"type_batch_size": {"sts": 3}}, "type_batch_size: unknown type 'sts'; types are retrieval, only_1neg"),
+        ({"type_batch_size": {"retrieval": 0}}, "type_batch_size: retrieval must be at least 1, found 0"),
+        ({"type_batch_size": {"retrieval": 1.5}}, "type_batch_size must be whole numbers by name .* or null; found"),
+        ({"type_batch_size": "retrieval=x"}, "type_batch_size must be whole numbers by name .* found 'retrieval=x'"),
+        ({"type_group_size": {"symmetric_class": 1}}, "type_group_size: symmetric_class must be at least 2, found 1"),
+        ({"type_group_size": {"only_1neg": 3}}, "only_1neg takes one negative, so at most 2 passages"),
+        ({"streaming": True, "backbone": "top"}, "streaming=true contradicts cache_hidden=true with backbone=top"),
+        ({"false_negative_margin": 1}, "margin=1.0 contradicts mask_false_negatives=duplicates: it goes with teacher"),
+        ({"mask_false_negatives": "some"}, "mask_false_negatives must be one of none, duplicates, teacher"),
         ({"kd_weight": float("nan")}, "kd_weight must be a finite number; found nan"),
     ],
 )

@@ -274,11 +274,14 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(empty, bert, bert_
     assert both[0]["grad_norm"] <= sum(norms) / 2 + 1e-6
 
 
-def test_symmetric_data_carries_the_instruction_on_both_sides(mistral, mistral_clusters):
+def test_which_data_carries_the_instruction_on_both_sides(mistral, mistral_clusters):
     model = lens.LENS.build(mistral, mistral_clusters)
     text = TextProcessor(model.tokenizer, model.config)
     marker = model.tokenizer.convert_tokens_to_ids("<instruct>")
-    for kind, expected, in_batch in (("retrieval", 0, True), ("symmetric_sts", 8, True), ("symmetric_class", 8, False)):
+    for kind, expected, in_batch in (
+        ("retrieval", 0, True), ("symmetric_sts", 8, True), ("symmetric_class", 0, False),
+        ("symmetric_clustering", 8, False),
+    ):  # fmt: skip
         source = [Example(f"q{i}", ["the fox"], ["the dog"], None, None, "same topic", kind) for i in range(4)]
         batch = Batches([source], Schedule([4], 4, 0, 1), text, 2)[0]
         assert int((batch["queries"]["input_ids"] == marker).sum()) == 4

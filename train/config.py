@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,6 +17,11 @@ import yaml
 
 from lens.config import Pooling, Positions, Prompt, Transform, check_fields
 
+OWN_NEGATIVES_TYPES = ("symmetric_class", "symmetric_clustering")
+"""Another query's passage may share this query's label, so only a query's own negatives count."""
+TYPES = ("retrieval", "only_1neg", "symmetric_sts", *OWN_NEGATIVES_TYPES)
+"""Values of a training example's `type`."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,14 +30,24 @@ class Recipe:
     base: str
     """Backbone: a folder or a hub id."""
     data: tuple[str, ...]
-    """Training files, .jsonl or .jsonl.gz in the bge format (query, pos, neg, ...); each file is one data set, and
-    every batch comes from one data set."""
+    """Training data in the bge format (query, pos, neg, ...): .jsonl, .jsonl.gz, .json or .parquet files, folders of
+    them (each file or sub-folder is one data set), or data sets of the hub as org/name, org/name:subset,
+    org/name@revision:subset. Every batch comes from one data set."""
     output: str
     """Folder of the run: the finished model's artifact, checkpoints, log and resolved recipe."""
     clusters: str | None = None
     """Clusters folder of clustering/run.py; None trains the full vocabulary head."""
     revision: str | None = None
     """Commit of the backbone on the hub."""
+
+    data_weights: tuple[float, ...] | None = None
+    """How many times each entry of `data` is seen in an epoch; a fraction takes a sample, drawn anew in every epoch.
+    None: once each."""
+    streaming: bool = False
+    """Whether rows are read as they come, for data larger than the disk; they are then shuffled by file and within
+    `shuffle_buffer`, and checked when they are read."""
+    shuffle_buffer: int = 4096
+    """Rows that are shuffled together and held in memory, of every data set, when streaming."""
 
     whiten: bool = False
     """Whether the centroids are whitened before training: for sentence encoders, which have no LM head."""
@@ -75,12 +91,24 @@ class Recipe:
     """Passages per query: one positive and group_size - 1 hard negatives."""
     batch_size: int = 512
     """Queries per contrastive batch over all ranks; must be a multiple of the number of ranks."""
+    type_group_size: dict[str, int] | None = None
+    """Group sizes of single types of data, as {symmetric_class: 2}, or symmetric_class=2 on the command line; other
+    types take group_size, and only_1neg always 2."""
+    type_batch_size: dict[str, int] | None = None
+    """Batch sizes of single types of data, as {symmetric_sts: 256}, or symmetric_sts=256 on the command line; other
+    types take batch_size."""
     in_batch_negatives: bool = True
     """Whether retrieval data also takes the passages of the batch's other queries as negatives, over all ranks.
     Class and clustering data never do."""
     teacher_embeddings: str | None = None
     """File of a bi-encoder's embeddings of all training texts (train/score.py --embeddings). Distillation then covers
     all passages of a batch instead of each query's own; the scores in the data are not used."""
+    mask_false_negatives: Literal["none", "duplicates", "teacher"] = "duplicates"
+    """Passages left out of the contrastive denominator. duplicates: those with the text of one of the query's
+    positives or of the query itself; teacher: also those that the teacher scores above the query's positive by more
+    than false_negative_margin. Distillation sees them all."""
+    false_negative_margin: float = 0.0
+    """In units of the teacher's scores; below 0 it also leaves out passages that score just below the positive."""
     temperature: float = 0.02
     """Scores are divided by it before the softmax."""
     kd_weight: float = 1.0
@@ -154,7 +182,7 @@ class Recipe:
             "group_size": 1, "batch_size": 1, "gradient_accumulation": 1, "top_layers": 1, "lora_r": 1,
             "lora_alpha": 1, "warmup_steps": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
             "eval_steps": 1, "workers": 0, "mini_batch_tokens": 1, "query_max_length": 4, "document_max_length": 4,
-            "kd_weight": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0,
+            "kd_weight": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "shuffle_buffer": 1,
         }  # fmt: skip
         for name, limit in at_least.items():
             value = getattr(self, name)
@@ -173,6 +201,7 @@ class Recipe:
             raise ValueError(f"device must be cpu, cuda or mps; found {self.device!r}")
         if not self.data:
             raise ValueError("data must name at least one file")
+        self._check_data()
         if self.backbone == "frozen":
             if not self.train_head and self.transform in (None, "none"):
                 raise ValueError(
@@ -187,6 +216,49 @@ class Recipe:
             raise ValueError("whiten=true contradicts the full vocabulary head: give clusters, or whiten: false")
         if self.group_size == 1 and not self.in_batch_negatives:
             raise ValueError("group_size=1 contradicts in_batch_negatives=false: no negative is left")
+
+    def _check_data(self) -> None:
+        weights = self.data_weights
+        if weights is not None and (len(weights) != len(self.data) or not all(0 < weight <= 1e6 for weight in weights)):
+            raise ValueError(
+                f"data_weights must be {len(self.data)} numbers above 0 (at most 1e6), one for each entry of data; "
+                f"found {list(weights)}"
+            )
+        for name in ("type_group_size", "type_batch_size"):
+            for kind, size in (getattr(self, name) or {}).items():
+                if kind not in TYPES:
+                    raise ValueError(f"{name}: unknown type {kind!r}; types are {', '.join(TYPES)}")
+                least = 2 if name == "type_group_size" and kind in OWN_NEGATIVES_TYPES else 1
+                if size < least:
+                    raise ValueError(f"{name}: {kind} must be at least {least}, found {size}")
+        if (self.type_group_size or {}).get("only_1neg", 1) > 2:
+            raise ValueError("type_group_size: only_1neg takes one negative, so at most 2 passages")
+        if self.streaming and self.cache_hidden and self.backbone in ("frozen", "top"):
+            raise ValueError(
+                f"streaming=true contradicts cache_hidden=true with backbone={self.backbone}, which needs all texts at "
+                "once: set cache_hidden: false"
+            )
+        if self.false_negative_margin and self.mask_false_negatives != "teacher":
+            raise ValueError(
+                f"false_negative_margin={self.false_negative_margin} contradicts "
+                f"mask_false_negatives={self.mask_false_negatives}: it goes with teacher"
+            )
+
+    def group_size_of(self, kind: str) -> int:
+        """Passages per query of data of this type."""
+        size = (self.type_group_size or {}).get(kind, self.group_size)
+        return min(size, 2) if kind == "only_1neg" else size
+
+    def batch_size_of(self, kind: str) -> int:
+        """Queries per batch of data of this type, over all ranks."""
+        return (self.type_batch_size or {}).get(kind, self.batch_size)
+
+    def check_ranks(self, world_size: int) -> None:
+        """Raises ValueError when a batch size cannot be shared out among the ranks."""
+        sizes = {f"type_batch_size {kind}": size for kind, size in (self.type_batch_size or {}).items()}
+        for name, size in {"batch_size": self.batch_size, **sizes}.items():
+            if size % world_size:
+                raise ValueError(f"{name}={size} must be a multiple of the {world_size} ranks")
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain values, for YAML and JSON."""
@@ -203,9 +275,17 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if typing.get_origin(option) is tuple:
-            items = [value] if isinstance(value, str) else value
-            if isinstance(items, list | tuple) and all(isinstance(entry, str) for entry in items):
+            kind = typing.get_args(option)[0]
+            items = value if isinstance(value, list | tuple) else [value]
+            if kind is str and all(isinstance(entry, str) for entry in items):
                 return tuple(items)
+            if kind is float:
+                with contextlib.suppress(ValueError):
+                    return tuple(_typed(name, entry, float) for entry in items)
+        elif typing.get_origin(option) is dict:
+            sizes = _mapping(value)
+            if sizes is not None:
+                return sizes
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
             if math.isfinite(value):
                 return float(value)
@@ -220,6 +300,18 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{name} must be {_accepted(options)}; found {value!r}")
 
 
+def _mapping(value: Any) -> dict[str, int] | None:
+    """Whole numbers by name, from a mapping or from NAME=NUMBER texts; None when it is neither."""
+    if not isinstance(value, Mapping):
+        items = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(item, str) and "=" in item for item in items):
+            return None
+        pairs = [item.partition("=") for item in items]
+        value = {name: int(number) if number.lstrip("-").isdecimal() else number for name, _, number in pairs}
+    sizes = dict(value)
+    return sizes if all(type(name) is str and type(size) is int for name, size in sizes.items()) else None
+
+
 def _accepted(options: Sequence[Any]) -> str:
     names = {
         bool: "true or false",
@@ -232,6 +324,10 @@ def _accepted(options: Sequence[Any]) -> str:
     for option in options:
         if typing.get_origin(option) is Literal:
             texts.append("one of " + ", ".join(map(str, typing.get_args(option))))
+        elif typing.get_origin(option) is dict:
+            texts.append("whole numbers by name ({NAME: NUMBER}, or NAME=NUMBER)")
+        elif option == tuple[float, ...]:
+            texts.append("a list of finite numbers")
         else:
             texts.append(names.get(option, "a list of strings"))
     return " or ".join(texts)

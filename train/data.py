@@ -1,7 +1,7 @@
-"""Training files -> examples -> batches of tokens.
+"""Rows of training data -> examples -> batches of tokens.
 
-A file holds one JSON object a line in the format of `cfli/bge-full-data`: `query`, `pos` (list), `neg` (list),
-`pos_scores` and `neg_scores` (lists of teacher scores, or null), `prompt` (instruction, or null) and `type`.
+A row has the fields of `cfli/bge-full-data`: `query`, `pos` (list), `neg` (list), `pos_scores` and `neg_scores` (lists
+of teacher scores, or null), `prompt` (instruction, or null) and `type`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lens.files import read_jsonl, read_tensors
+from lens.files import read_tensors
 from lens.text import TextProcessor, Tokens, token_batches
+from train.config import OWN_NEGATIVES_TYPES, TYPES
 from train.sampler import Schedule
 
 # Legend: Q queries of one rank's share of a batch, P passages per query, T tokens of all texts, D hidden size.
 
 Key = tuple[str, Any, str | None]  # text, kind, instruction
-
-RETRIEVAL_TYPES = ("retrieval", "only_1neg")
-TYPES = (*RETRIEVAL_TYPES, "symmetric_sts", "symmetric_class", "symmetric_clustering")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,45 +35,27 @@ class Example:
     query: str
     pos: list[str]
     neg: list[str]
-    pos_scores: list[float] | None
-    neg_scores: list[float] | None
+    pos_scores: list[float | None] | None
+    neg_scores: list[float | None] | None
     prompt: str | None
     type: str
 
     @property
     def symmetric(self) -> bool:
         """Whether passages carry the instruction too."""
-        return self.type.startswith("symmetric")
+        return self.type in ("symmetric_sts", "symmetric_clustering")
 
     @property
     def own_negatives_only(self) -> bool:
         """Class and clustering data: another query's passage may share this query's label."""
-        return self.type in ("symmetric_class", "symmetric_clustering")
+        return self.type in OWN_NEGATIVES_TYPES
 
 
-def read_examples(path: str | Path, group_size: int = 1) -> list[Example]:
-    """Reads one training file; raises ValueError "FILE:LINE: ..." for a row that training could not use."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"training file {path} does not exist")
-    examples = []
-    for number, row in read_jsonl(path):
-        try:
-            examples.append(_example(row, group_size))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
-    if not examples:
-        raise ValueError(f"{path} holds no examples")
-    kinds = sorted({example.type for example in examples})
-    ways = {(item.symmetric, item.own_negatives_only, item.type == "only_1neg") for item in examples}
-    if len(ways) > 1:
-        raise ValueError(f"{path} mixes types that train differently ({', '.join(kinds)}): one file per data set")
-    return examples
-
-
-def _example(row: dict[str, Any], group_size: int) -> Example:
+def parse_example(row: Mapping[str, Any], group_size_of: Callable[[str], int] | None = None) -> Example:
+    """The example of a row; raises ValueError naming the field that training, in groups of this size, could not use."""
     query, pos, neg = row.get("query"), row.get("pos"), row.get("neg") or []
     if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"`query` must be a text that is not empty, found {query!r}")
+        raise ValueError(f"`query` must be a text that is not empty, found {query!r:.80}")
     for name, texts in (("pos", pos), ("neg", neg)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"`{name}` must be a list of texts, found {texts!r:.80}")
@@ -83,23 +63,30 @@ def _example(row: dict[str, Any], group_size: int) -> Example:
             raise ValueError(f"`{name}` holds an empty text")
     if not pos:
         raise ValueError("`pos` must hold at least one text")
-    if not neg and group_size > 1:
-        raise ValueError(f"`neg` is empty but group_size={group_size} needs hard negatives: mine some or set it to 1")
+    prompt, kind = row.get("prompt"), row.get("type") or "retrieval"
+    kind = "retrieval" if kind == "normal" else kind
+    if kind not in TYPES:
+        raise ValueError(f"`type` must be one of {', '.join(TYPES)}; found {kind!r:.80}")
+    if group_size_of is not None:
+        size = group_size_of(kind)
+        if not neg and size > 1:
+            raise ValueError(f"`neg` is empty but group_size={size} needs hard negatives: mine some or set it to 1")
+        if size == 1 and kind in OWN_NEGATIVES_TYPES:
+            raise ValueError(f"`type` {kind} takes own negatives only, and group_size=1 leaves none: raise it")
     scores = []
     for name, texts in (("pos_scores", pos), ("neg_scores", neg)):
-        values = row.get(name)
+        values = row.get(name) or None
         if values is not None and (
             not isinstance(values, list)
             or len(values) != len(texts)
-            or not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30 for v in values)
+            or not all(
+                v is None or (isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30) for v in values
+            )
         ):
             raise ValueError(f"`{name}` must be null or {len(texts)} finite numbers, found {values!r:.80}")
         scores.append(values)
-    prompt, kind = row.get("prompt"), row.get("type") or "retrieval"
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"`prompt` must be a text or null, found {prompt!r:.80}")
-    if kind not in TYPES:
-        raise ValueError(f"`type` must be one of {', '.join(TYPES)}; found {kind!r}")
     return Example(query, pos, neg, scores[0], scores[1], prompt or None, kind)
 
 
@@ -120,38 +107,46 @@ def choose(example: Example, group_size: int, rng: random.Random) -> Group:
     if wanted:
         pool = list(range(len(example.neg))) * math.ceil(wanted / len(example.neg))
         picks = rng.sample(pool, wanted)
-    scores = None
-    if example.pos_scores is not None and (example.neg_scores is not None or not picks):
-        scores = [example.pos_scores[positive], *((example.neg_scores or [])[i] for i in picks)]
-    return Group(example, [example.pos[positive], *(example.neg[i] for i in picks)], scores)
+    found: list[float | None] = [None if example.pos_scores is None else example.pos_scores[positive]]
+    found += [None if example.neg_scores is None else example.neg_scores[i] for i in picks]
+    scores = [score for score in found if score is not None]
+    passages = [example.pos[positive], *(example.neg[i] for i in picks)]
+    return Group(example, passages, scores if len(scores) == len(found) else None)
 
 
 class TeacherEmbeddings:
     """A bi-encoder's embeddings of all training texts, as train/score.py writes them.
 
     The file holds `embeddings` (N, E) float16 and `keys` (N,) int64, the hashes of the texts. Raises ValueError when
-    a text of `sources` is missing.
+    a text of `sources` is missing, or one that is asked for later.
     """
 
-    def __init__(self, path: str | Path, sources: Sequence[Sequence[Example]]) -> None:
+    def __init__(self, path: str | Path, sources: Iterable[Iterable[Example]]) -> None:
+        self.path = path
         tensors = read_tensors(path, {"embeddings": (None, None), "keys": (None,)})
         self.embeddings = tensors["embeddings"]
         self.rows = {key: row for row, key in enumerate(tensors["keys"].tolist())}
         for source in sources:
             for example in source:
                 for text in (example.query, *example.pos, *example.neg):
-                    if text_key(text) not in self.rows:
-                        raise ValueError(f"{path} has no embedding of {text[:60]!r}: score the same data again")
+                    self._row(text)
+
+    def _row(self, text: str) -> int:
+        row = self.rows.get(text_key(text))
+        if row is None:
+            raise ValueError(f"{self.path} has no embedding of {text[:60]!r}: score the same data again")
+        return row
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (n, E) float32 of the texts."""
-        return self.embeddings[[self.rows[text_key(text)] for text in texts]].float()
+        return self.embeddings[[self._row(text) for text in texts]].float()
 
 
 def _keys(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """Numbers of each query's positives (Q, M), padded with -1, and of the passages (Q*P,)."""
-    positives = [torch.tensor([text_key(text) for text in group.example.pos]) for group in groups]
-    padded = torch.nn.utils.rnn.pad_sequence(positives, batch_first=True, padding_value=-1)
+    """Numbers of the texts that are no negatives of each query, its positives and itself, (Q, M), padded with -1, and
+    of the passages (Q*P,)."""
+    own = [torch.tensor([text_key(text) for text in (*g.example.pos, g.example.query)]) for g in groups]
+    padded = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)
     return padded, torch.tensor([text_key(passage) for group in groups for passage in group.passages])
 
 
@@ -163,7 +158,8 @@ def text_key(text: str) -> int:
 class Batches(Dataset[dict[str, Any]]):
     """Item `step` is this rank's share of the batch of that step: a pure function of (seed, step).
 
-    With `store` (see train.states) texts become the frozen backbone's hidden states instead of token ids.
+    With `store` (see train.states) texts become the frozen backbone's hidden states instead of token ids;
+    `group_size_of`, a function of the examples' type, takes the place of `group_size`.
     """
 
     def __init__(
@@ -177,14 +173,17 @@ class Batches(Dataset[dict[str, Any]]):
         world_size: int = 1,
         store: Any = None,
         teacher: TeacherEmbeddings | None = None,
+        group_size_of: Callable[[str], int] | None = None,
         mini_batch_tokens: int | None = None,
     ) -> None:
-        if schedule.batch_size % world_size:
-            raise ValueError(f"batch_size={schedule.batch_size} must be a multiple of the {world_size} ranks")
+        for size in schedule.batch_sizes:
+            if size % world_size:
+                raise ValueError(f"batch_size={size} must be a multiple of the {world_size} ranks")
         self.sources = sources
         self.schedule = schedule
         self.text = text
         self.group_size = group_size
+        self.group_size_of = group_size_of
         self.in_batch_negatives = in_batch_negatives
         self.rank, self.world_size = rank, world_size
         self.store = store
@@ -197,10 +196,9 @@ class Batches(Dataset[dict[str, Any]]):
     def groups(self, step: int) -> list[Group]:
         """The groups of the whole batch of `step`, all ranks together, in order."""
         source, indices = self.schedule.batch(step)
-        return [
-            choose(self.sources[source][index], self.group_size, self.schedule.rng(step, position))
-            for position, index in enumerate(indices)
-        ]
+        examples = [self.sources[source][index] for index in indices]
+        size = self.group_size if self.group_size_of is None else self.group_size_of(examples[0].type)
+        return [choose(item, size, self.schedule.rng(step, position)) for position, item in enumerate(examples)]
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         groups = self.groups(step)

@@ -4,8 +4,11 @@
     kd = mean_i KL(softmax(teacher_i / kd_temperature) || softmax(q_i . p / temperature))     over i's own passages
 
 (arXiv 2501.09749, section 3.3). A bi-encoder teacher has scores for all passages of the batch, and kd is then taken
-over all of them, like the contrastive part. The gather carries gradients, so that the data-parallel mean over ranks
-is the gradient of the loss of the whole batch, whatever the number of ranks, and `kd_weight` means what it says.
+over all of them, like the contrastive part. False negatives can be left out of the contrastive softmax: passages with
+the text of one of the query's positives or of the query itself, and those that the teacher scores above the positive;
+kd sees every passage, because the teacher says what each is worth. The gather carries gradients, so that the
+data-parallel mean over ranks is the gradient of the loss of the whole batch, whatever the number of ranks, and
+`kd_weight` means what it says.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-# Legend: Q queries of this rank, P passages per query, W ranks, K clusters.
+# Legend: Q queries of this rank, P passages per query, W ranks, C candidates of a query, K clusters.
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,15 @@ def contrastive_loss(
     in_batch: bool,
     teacher_vectors: tuple[Tensor, Tensor] | None = None,
     keys: tuple[Tensor, Tensor] | None = None,
+    teacher_margin: float | None = None,
 ) -> Loss:
     """Loss of this rank's queries (Q, K) against passages (Q*P, K), each query's own P in a row, positive first.
 
     `teacher` (Q, P) or None switches distillation; `teacher_vectors`, a bi-encoder's embeddings of the queries (Q, E)
     and passages (Q*P, E), takes its place and scores every passage. `in_batch` adds the passages of all other queries,
-    of all ranks, as negatives. `keys` names texts by numbers, each query's positives (Q, M) padded with -1 and the
-    passages (Q*P,): another query's passage that is one of this query's positives is then no negative.
+    of all ranks, as negatives. `keys` names texts by numbers, those that are no negatives of each query (Q, M), padded
+    with -1, and the passages (Q*P,). With `teacher_margin`, passages that the teacher scores above the query's
+    positive by more than it are no negatives either; without teacher_vectors this concerns a query's own passages.
     Raises ValueError when the numbers do not fit.
     """
     count = len(queries)
@@ -81,36 +86,46 @@ def contrastive_loss(
         raise ValueError(f"{len(passages)} passages cannot be shared out among {count} queries")
     group = len(passages) // count
     own = torch.einsum("qk,qpk->qp", queries, passages.view(count, group, -1)) / temperature  # (Q, P)
+    if teacher is not None and teacher.shape != own.shape:
+        raise ValueError(f"teacher scores {tuple(teacher.shape)} do not fit {tuple(own.shape)} queries x passages")
+    rows = torch.arange(count, device=queries.device)
     if in_batch:
         every = gather(passages)  # (W*Q*P, K)
-        scores = queries @ every.T / temperature  # (Q, W*Q*P)
+        scores = queries @ every.T / temperature  # (Q, C) with C = W*Q*P
         rank = dist.get_rank() if len(every) != len(passages) else 0
-        target = (rank * count + torch.arange(count, device=queries.device)) * group
-        if keys is not None:
-            positives, names = keys
-            known_positive = (gather(names)[None, :, None] == positives[:, None, :]).any(2)  # (Q, W*Q*P)
-            known_positive[torch.arange(count, device=queries.device), target] = False
-            scores = scores.masked_fill(known_positive, -torch.inf)
+        target = (rank * count + rows) * group
     else:
-        scores = own
-        target = torch.zeros(count, dtype=torch.long, device=queries.device)
-    contrastive = F.cross_entropy(scores, target)
-    kd = torch.zeros((), device=queries.device)
-    if teacher_vectors is not None and kd_weight > 0:
+        scores = own  # (Q, C) with C = P
+        target = torch.zeros_like(rows)
+    marks = None  # (Q, C) teacher scores of the passages that the kd part covers
+    if teacher_vectors is not None:
         wanted, known = teacher_vectors
         if in_batch:
-            known = gather(known)
-            marks = (wanted @ known.T).masked_fill(scores.isinf(), -torch.inf)  # (Q, W*Q*P)
+            marks = wanted @ gather(known).T
         else:
-            marks = torch.einsum("qe,qpe->qp", wanted, known.view(count, group, -1))  # (Q, P)
-        # A masked column has probability 0 on both sides and adds nothing; 0 * -inf would be NaN.
-        student = scores.log_softmax(1).masked_fill(scores.isinf(), 0.0)
-        kd = F.kl_div(student, (marks / kd_temperature).softmax(1), reduction="batchmean")
-    elif teacher is not None and kd_weight > 0 and group > 1:
-        if teacher.shape != own.shape:
-            raise ValueError(f"teacher scores {tuple(teacher.shape)} do not fit {tuple(own.shape)} queries x passages")
-        kd = F.kl_div(own.log_softmax(1), (teacher / kd_temperature).softmax(1), reduction="batchmean")
+            marks = torch.einsum("qe,qpe->qp", wanted, known.view(count, group, -1))
+    false = torch.zeros_like(scores, dtype=torch.bool)
+    if keys is not None:
+        excepted, names = keys
+        listed = gather(names)[None] if in_batch else names.view(count, group)  # (1 or Q, C)
+        for column in excepted.T:  # one by one: (Q, C, M) would not fit for queries with many positives
+            false |= listed == column[:, None]
+    if teacher_margin is not None and marks is not None:
+        false |= marks > marks.gather(1, target[:, None]) + teacher_margin
+    elif teacher_margin is not None and teacher is not None:
+        columns = target[:, None] + torch.arange(group, device=target.device)  # (Q, P)
+        above = teacher > teacher[:, :1] + teacher_margin
+        false[rows[:, None], columns] |= above
+    false[rows, target] = False
+    contrasted = scores.masked_fill(false, -torch.inf)
+    contrastive = F.cross_entropy(contrasted, target)
+    kd = torch.zeros((), device=queries.device)
+    if kd_weight > 0 and scores.shape[1] > 1:
+        if marks is not None:
+            kd = F.kl_div(scores.log_softmax(1), (marks / kd_temperature).softmax(1), reduction="batchmean")
+        elif teacher is not None and group > 1:
+            kd = F.kl_div(own.log_softmax(1), (teacher / kd_temperature).softmax(1), reduction="batchmean")
     total = contrastive + kd_weight * kd
     with torch.no_grad():
-        accuracy = (scores.argmax(1) == target).float().mean()
+        accuracy = (contrasted.argmax(1) == target).float().mean()
     return Loss(total, contrastive.detach(), kd.detach(), accuracy)

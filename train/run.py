@@ -33,11 +33,12 @@ from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel, build_model
 from lens.text import SPECIAL_TOKENS, TextProcessor
 from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
 from train.config import Recipe, load_recipe, parse_overrides
-from train.data import Batches, TeacherEmbeddings, read_examples
+from train.data import Batches, TeacherEmbeddings
 from train.evaluate import MEASURE, best_folder, read_evaluation
 from train.parallel import collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping
 from train.sampler import Schedule
+from train.sources import DataSet, local_files, make_schedule, read_sources
 from train.states import compute_states, keys_of
 from train.top import TopLayers
 from train.trainer import LensTrainer
@@ -106,17 +107,18 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
             raise ValueError(f"report_to must name trackers of {', '.join(known)}; found {tracker!r}")
         if importlib.util.find_spec(tracker) is None:
             raise ImportError(f"report_to: {tracker} is not installed; run: pip install {tracker}")
-    sources = [read_examples(path, recipe.group_size) for path in recipe.data]
-    teacher = TeacherEmbeddings(recipe.teacher_embeddings, sources) if recipe.teacher_embeddings else None
+    sources = read_sources(recipe)
+    at_hand = [source for source in sources if not source.streaming]
+    teacher = TeacherEmbeddings(recipe.teacher_embeddings, at_hand) if recipe.teacher_embeddings else None
     evaluation = read_evaluation(recipe.eval_data)
     arguments = training_arguments(recipe, world_size)
-    schedule = make_schedule(recipe, [len(source) for source in sources])
+    schedule = make_schedule(recipe, sources)
     set_seed(recipe.seed)
     with whole_weights(arguments):
         model, tokenizer = build(recipe)
     top = TopLayers(model.backbone, recipe.top_layers) if recipe.backbone == "top" else None
     text = TextProcessor(tokenizer, model.config)
-    check_prompts(text, recipe, sources)
+    check_prompts(text, sources)
     if rank == 0:  # from here on the folder is this run's, and a killed start goes on
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, {**recipe.resolved(), "inputs": inputs_of(recipe)})
@@ -136,6 +138,7 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
         world_size,
         store,
         teacher,
+        recipe.group_size_of,
         recipe.mini_batch_tokens,
     )
     trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top, evaluation, stopping)
@@ -162,16 +165,15 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     trainer.accelerator.end_training()
 
 
-def check_prompts(text: TextProcessor, recipe: Recipe, sources: list[Any]) -> None:
-    """Raises ValueError naming the file when an instruction leaves no room for text."""
-    for path, source in zip(recipe.data, sources, strict=True):
-        asked = {(example.prompt, example.symmetric) for example in source if example.prompt}
-        for prompt, symmetric in asked:
+def check_prompts(text: TextProcessor, sources: list[DataSet]) -> None:
+    """Raises ValueError naming the data set when an instruction leaves no room for text."""
+    for source in sources:
+        for prompt, symmetric in source.prompts:
             for kind in ("query", "document") if symmetric else ("query",):
                 try:
                     text([""], kind, prompt)  # type: ignore[arg-type]
                 except ValueError as error:
-                    raise ValueError(f"{path}: prompt {prompt[:40]!r}: {error}") from error
+                    raise ValueError(f"{source.name}: prompt {prompt[:40]!r}: {error}") from error
 
 
 def check_run(recipe: Recipe, output: Path) -> str:
@@ -200,50 +202,30 @@ def check_run(recipe: Recipe, output: Path) -> str:
 def inputs_of(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the files that decide what is learnt: training data, clusters, teacher embeddings, base weights.
 
-    Of weight files above 1 GiB only size, first and last MiB count, since ranks wait for this.
+    Of files above 1 GiB only size, first and last MiB count, since ranks wait for this. Data sets of the hub do not
+    count: a name with @revision pins them.
     """
-    files = [*recipe.data, *([recipe.teacher_embeddings] if recipe.teacher_embeddings else [])]
+    files = [file for source in recipe.data for file in local_files(source)]
+    files += [recipe.teacher_embeddings] if recipe.teacher_embeddings else []
     if recipe.clusters is not None:
         files.append(str(Path(recipe.clusters) / CLUSTERS_FILE))
-    digests = {}
-    for name in files:
-        with open(name, "rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    for weights in sorted(Path(recipe.base).expanduser().glob("*.safetensors")):
-        size = weights.stat().st_size
-        with weights.open("rb") as file:
-            if size <= 1 << 30:
-                digests[str(weights)] = hashlib.file_digest(file, "sha256").hexdigest()
-            else:
-                first = file.read(1 << 20)
-                file.seek(-(1 << 20), os.SEEK_END)
-                digests[str(weights)] = hashlib.sha256(repr(size).encode() + first + file.read()).hexdigest()
-    return digests
+    files += [str(path) for path in sorted(Path(recipe.base).expanduser().glob("*.safetensors"))]
+    return {name: _digest(Path(name)) for name in files}
 
 
-def make_schedule(recipe: Recipe, sizes: list[int]) -> Schedule:
-    """The batches of the whole run, from max_steps or epochs."""
-    schedule = Schedule(sizes, recipe.batch_size, recipe.seed, 1)
-    batches = round(recipe.epochs * schedule.steps_per_epoch)
-    if recipe.max_steps is not None:
-        batches = recipe.max_steps * recipe.gradient_accumulation
-    batches -= batches % recipe.gradient_accumulation
-    if recipe.warmup_steps >= batches // recipe.gradient_accumulation > 0:
-        raise ValueError(
-            f"warmup_steps={recipe.warmup_steps} takes up all {batches // recipe.gradient_accumulation} steps: lower it"
-        )
-    if batches == 0:
-        raise ValueError(
-            f"the data gives {schedule.steps_per_epoch} batches of {recipe.batch_size} an epoch, fewer than one "
-            f"optimizer step over {recipe.epochs} epochs x {recipe.gradient_accumulation} accumulated batches"
-        )
-    return Schedule(sizes, recipe.batch_size, recipe.seed, batches)
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= 1 << 30:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        first = file.read(1 << 20)
+        file.seek(-(1 << 20), os.SEEK_END)
+        return hashlib.sha256(repr(size).encode() + first + file.read()).hexdigest()
 
 
 def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
     """The Trainer's settings; raises ValueError when batch_size cannot be shared out among the ranks."""
-    if recipe.batch_size % world_size:
-        raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of the {world_size} ranks")
+    recipe.check_ranks(world_size)
     config = None
     if recipe.deepspeed is not None:
         config = deepspeed_config(recipe.deepspeed)
@@ -382,13 +364,13 @@ def card(recipe: Recipe, model: LensModel) -> str:
     )
 
 
-def _summary(recipe: Recipe, model: LensModel, sources: list[Any], schedule: Schedule) -> str:
+def _summary(recipe: Recipe, model: LensModel, sources: list[DataSet], schedule: Schedule) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return (
         f"{recipe.base} with {model.config.dimensions} {model.config.head}: {trained:,} of {total:,} weights trained\n"
         f"{sum(map(len, sources)):,} examples in {len(sources)} data sets, {schedule.steps:,} batches of "
-        f"{recipe.batch_size} queries x {recipe.group_size} passages ({schedule.steps_per_epoch:,} an epoch)"
+        f"{' or '.join(map(str, sorted(set(schedule.batch_sizes))))} queries ({schedule.steps_per_epoch:,} an epoch)"
     )
 
 

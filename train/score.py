@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from lens.dense import Dense
 from lens.files import atomic_file, check_output, read_jsonl
-from train.data import read_examples, text_key
+from train.data import text_key
+from train.sources import read_examples
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -109,7 +109,8 @@ class LensTrainer(Trainer):
             recipe.kd_temperature,
             inputs["in_batch"],
             inputs["teacher_vectors"],
-            inputs["keys"],
+            None if recipe.mask_false_negatives == "none" else inputs["keys"],
+            recipe.false_negative_margin if recipe.mask_false_negatives == "teacher" else None,
         )
         self.watch.count(loss, queries.detach(), passages.detach(), sample_of(inputs))
         return loss.total
