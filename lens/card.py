@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,11 +57,13 @@ def recipe_facts(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public(value: Any) -> Any:
-    """`value` with local paths, alone or in lists, cut to their last name; hub ids stay."""
+    """`value` with local paths, alone or in lists, cut to their last name, cached copies to their hub id."""
     if isinstance(value, list | tuple):
         return [public(item) for item in value]
     if not isinstance(value, str) or not value or is_hub_id(value):
         return value
+    if cached := re.search(r"[/\\](?:models|datasets)--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", value):
+        return f"{cached[1]}/{cached[2]}"
     looks_local = value.startswith(("/", "~", "./", "../")) or "\\" in value or value.endswith(FILE_ENDINGS)
     return Path(value.replace("\\", "/")).name if looks_local or os.path.exists(value) else value
 
@@ -170,7 +173,8 @@ def model_card(
 
 
 def _metadata(config: LensConfig, facts: Facts, adapter: bool, name: str) -> ModelCardData:
-    on_hub = is_hub_id(config.base)
+    base = public(config.base)
+    on_hub = is_hub_id(base)
     data = facts.recipe.get("data", [])
     datasets = [item for item in ([data] if isinstance(data, str) else data) if is_hub_id(item)]
     system = facts.results.get("system")
@@ -194,7 +198,7 @@ def _metadata(config: LensConfig, facts: Facts, adapter: bool, name: str) -> Mod
         library_name="sentence-transformers",
         pipeline_tag="feature-extraction",
         tags=tags,
-        base_model=config.base if on_hub else None,
+        base_model=base if on_hub else None,
         base_model_relation=("adapter" if adapter else "finetune") if on_hub else None,
         datasets=datasets or None,
         model_name=name if measured else None,

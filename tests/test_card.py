@@ -15,6 +15,7 @@ from lens import cli
 from lens.card import Facts, is_hub_id, public, recipe_facts, result_facts
 from lens.export import rewrite_card
 from train.config import Recipe
+from train.run import finish
 
 RECIPE = Recipe(
     base="/home/someone/models/mistral",
@@ -97,6 +98,16 @@ def test_recipe_without_the_training_machine(folder: Path) -> None:
         assert str(folder.parent) not in content
         assert "save_steps" not in content
     assert "| output |" not in text
+
+
+def test_a_finished_run_has_the_card(tmp_path: Path, bert: Path, bert_clusters: Path) -> None:
+    built = lens.LENS.build(bert, bert_clusters)
+    (tmp_path / "run").mkdir()
+    finish(built.model, built.tokenizer, RECIPE, tmp_path / "run")
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "| kd_weight | `0.5` |" in text
+    assert "someone" not in text
+    assert lens.load(tmp_path / "run").model.facts.recipe["deepspeed"] == "zero1"
 
 
 def test_recipe_and_results_outlive_loading_merging_and_saving(folder: Path, tmp_path: Path) -> None:
@@ -206,6 +217,7 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         ("~/x/y", "y"),
         ("runs/mined.jsonl", "mined.jsonl"),
         ("C:\\models\\x", "x"),
+        ("/home/me/.cache/huggingface/hub/models--yibinlei--LENS-d8000/snapshots/a0b87bd9", "yibinlei/LENS-d8000"),
         (["./a/b", 3], ["b", 3]),
         (None, None),
         ("", ""),
