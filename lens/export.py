@@ -75,7 +75,7 @@ def push(
 
     `private` is for a new repository, `revision` a branch, made where absent. Raises ValueError for a name that is no
     repository's, without a token, and for an adapter on a backbone that only this machine has; ConnectionError when
-    offline; FileExistsError for a repository that holds something else than a LENS model.
+    offline or cut off; FileExistsError for a repository that holds something else than a LENS model.
     """
     try:
         validate_repo_id(repo_id)
@@ -91,27 +91,37 @@ def push(
         raise ConnectionError("the hub is switched off by HF_HUB_OFFLINE=1: unset it to upload")
     if token is None and get_token() is None:
         raise ValueError("no token of the hub: run `hf auth login`, or set the environment variable HF_TOKEN")
-    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model.write(folder, tokenizer, include_backbone, repo_id)
         make_public(folder)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        present = set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes", "README.md", "LICENSE"}
-        if present and CONFIG_FILE not in present:
-            raise FileExistsError(
-                f"{repo_id} holds {', '.join(sorted(present)[:3])} and no {CONFIG_FILE}, so it is no LENS model and "
-                "is not overwritten: choose another name"
-            )
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or "Upload LENS model",
-            revision=revision,
-            delete_patterns=STALE,
+        try:
+            return _upload(HfApi(token=token), folder, repo_id, private, commit_message, revision)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # those of the hub's network library, which is another in every version
+            raise ConnectionError(f"the hub did not take {repo_id} ({type(error).__name__}: {error})") from error
+
+
+def _upload(
+    api: HfApi, folder: Path, repo_id: str, private: bool | None, commit_message: str | None, revision: str | None
+) -> str:
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    present = set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes", "README.md", "LICENSE"}
+    if present and CONFIG_FILE not in present:
+        raise FileExistsError(
+            f"{repo_id} holds {', '.join(sorted(present)[:3])} and no {CONFIG_FILE}, so it is no LENS model and "
+            "is not overwritten: choose another name"
         )
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload LENS model",
+        revision=revision,
+        delete_patterns=STALE,
+    )
     return str(commit.repo_url)
 
 
