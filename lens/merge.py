@@ -20,7 +20,7 @@ INDEX_FILE = "model.safetensors.index.json"
 def save_merged(model: Any, folder: Path, max_shard_size: str | int = "5GB") -> None:
     """Writes config.json and model*.safetensors of a PeftModel's backbone with its adapter merged in.
 
-    The model itself stays as it is, bit for bit. Beside it, memory holds one shard of merged weights at most.
+    The model itself stays as it is, bit for bit. Beside it, memory holds one shard, and a copy while it is written.
     Raises ValueError for a quantised backbone.
     """
     backbone: nn.Module = model.get_base_model()
@@ -46,6 +46,7 @@ def save_merged(model: Any, folder: Path, max_shard_size: str | int = "5GB") -> 
         tensors = _merged((name for name in names if name in owners), owners, adapted)
         tensors |= {name: weights[name].detach().cpu().contiguous() for name in names if name not in owners}
         save_file(tensors, folder / file, {"format": "pt"})
+        del tensors  # before the next shard is made
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
