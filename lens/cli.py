@@ -1,4 +1,4 @@
-"""The command line: `lens encode | search | explain`."""
+"""The command line: `lens encode | search | explain | export | card | push`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lens", description="Lexicon-based text embeddings.")
-    commands = parser.add_subparsers(required=True, metavar="encode | search | explain")
+    commands = parser.add_subparsers(required=True, metavar="encode | search | explain | export | card | push")
 
-    def command(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, help: str, example: str, encodes: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, epilog=f"example: {example}")
         sub.set_defaults(command=run)
         sub.add_argument("--model", required=True, help="folder or hub id of a LENS model")
-        sub.add_argument("--device", help="cpu, cuda or mps; default: the first GPU there is, else the CPU")
-        sub.add_argument("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on GPUs, else float32")
-        sub.add_argument("--instruction", help="instruction of the queries")
+        if encodes:
+            sub.add_argument("--device", help="cpu, cuda or mps; default: the first GPU there is, else the CPU")
+            sub.add_argument("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on GPUs, else float32")
+            sub.add_argument("--instruction", help="instruction of the queries")
         return sub
 
     encode = command(
@@ -75,6 +76,42 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--query", required=True)
     explain.add_argument("--document", required=True)
     explain.add_argument("-k", type=int, default=10, help="clusters shown (10)")
+
+    export = command(
+        "export",
+        _export,
+        "Write a model again: converted, with its adapter merged, or for sentence-transformers.",
+        "lens export --model DIR --include-backbone --output DIR",
+        encodes=False,
+    )
+    export.add_argument("--output", required=True, help="folder to write")
+    export.add_argument("--overwrite", action="store_true", help="replace an existing model")
+
+    card = command(
+        "card",
+        _card,
+        "Write a model's card again, with results.",
+        "lens card --model DIR --results runs/eval/results.json",
+        encodes=False,
+    )
+    card.add_argument("--results", help="results.json of eval/run.py; unset: those the card has")
+    card.add_argument("--system", help="the model's name in the results, where they hold several models")
+    card.add_argument("--license", help="license identifier of the hub, such as apache-2.0; unset: the card's")
+    card.add_argument("--overwrite", action="store_true", help="replace a README.md that was edited by hand")
+
+    push = command(
+        "push", _push, "Upload a model to the hub.", "lens push --model DIR --repo OWNER/NAME", encodes=False
+    )
+    push.add_argument("--repo", required=True, help="OWNER/NAME of the repository, made where absent")
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    push.add_argument("--message", help="commit message")
+    push.add_argument("--revision", help="branch, made where absent; unset: main")
+    for sub in (export, push):
+        sub.add_argument(
+            "--include-backbone", action="store_true", help="store the backbone's weights too, an adapter merged in"
+        )
+        sub.add_argument("--base", help="the backbone's place where it has moved, or its hub id")
+        sub.add_argument("--dtype", default="float32", help="of the weights: float32 (default), bfloat16 or float16")
     return parser
 
 
@@ -165,6 +202,30 @@ def _explain(options: argparse.Namespace) -> None:
     if options.k < 1:
         raise ValueError(f"k must be at least 1, found {options.k}")
     print(_load(options).explain(options.query, options.document, options.k, options.instruction))
+
+
+def _export(options: argparse.Namespace) -> None:
+    import lens
+    from lens.model import CONFIG_FILE
+
+    check_output(options.output, options.overwrite, CONFIG_FILE)
+    model = lens.load(options.model, "cpu", options.dtype, options.base)
+    model.save(options.output, options.include_backbone, options.overwrite)
+    print(f"model in {options.output}")
+
+
+def _card(options: argparse.Namespace) -> None:
+    from lens.export import rewrite_card
+
+    print(f"card in {rewrite_card(options.model, options.results, options.system, options.license, options.overwrite)}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    import lens
+
+    model = lens.load(options.model, "cpu", options.dtype, options.base)
+    url = model.push_to_hub(options.repo, options.private, options.message, options.revision, options.include_backbone)
+    print(f"model at {url}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ _BATCH_TOKENS = {"cuda": 1 << 15, "mps": 1 << 13, "cpu": 1 << 12}
 _PROGRESS_BATCHES = 8
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or bfloat16 on GPUs that have it and float32 elsewhere; raises ValueError for others."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -72,13 +73,34 @@ class LENS:
         """
         where = resolve_device(device)
         model, tokenizer = build_model(
-            os.fspath(backbone), clusters, _dtype(dtype, where), attn_implementation, whiten, **config
+            os.fspath(backbone), clusters, resolve_dtype(dtype, where), attn_implementation, whiten, **config
         )
         return cls(model, tokenizer, where)
 
     def save(self, path: str | os.PathLike[str], include_backbone: bool = False, overwrite: bool = False) -> None:
-        """Writes the artifact (see lens.model), atomically."""
-        self.model.save(path, self.tokenizer, include_backbone, overwrite=overwrite)
+        """Writes the artifact (see lens.model), atomically; sentence-transformers loads it too.
+
+        A LoRA adapter is kept as it is; with `include_backbone` it is merged into the backbone's weights, which are
+        then saved, so that the folder needs nothing else. Raises FileExistsError unless `overwrite`.
+        """
+        self.model.save(path, self.tokenizer, include_backbone, overwrite)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        include_backbone: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Uploads the artifact to the hub, without paths of this machine, and returns the repository's URL.
+
+        The options and what is raised are those of `lens.export.push`.
+        """
+        from lens.export import push
+
+        return push(self.model, self.tokenizer, repo_id, private, commit_message, revision, include_backbone, token)
 
     def encode_queries(self, texts: Sequence[str], instruction: str | None = None, **options: Any) -> Any:
         """`encode` with kind="query"."""
@@ -208,7 +230,7 @@ def load(
     where = resolve_device(device)
     if compat not in (None, "official"):
         raise ValueError(f"compat must be 'official' or None; found {compat!r}")
-    folder, kind = fetch(path_or_id, revision), _dtype(dtype, where)
+    folder, kind = fetch(path_or_id, revision), resolve_dtype(dtype, where)
     if is_released(folder):
         model, tokenizer = load_released(folder, kind, base, attn_implementation, compat == "official")
     elif compat is not None:

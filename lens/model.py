@@ -2,12 +2,13 @@
 
 `lens.json` holds the LensConfig, `head.safetensors` the centroids and labels, `adapter_model.safetensors` a LoRA
 adapter with trained token rows, `model*.safetensors` a backbone of the model's own when it is merged or was
-trained itself. Without the last two the backbone is read from `LensConfig.base`. There are no pickles.
+trained itself. Without the last two the backbone is read from `LensConfig.base`. `README.md` and `card.json` are the
+model card; `modules.json` and `config_sentence_transformers.json` let sentence-transformers load the folder (see
+lens/sentence.py). There are no pickles.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -33,14 +34,18 @@ from lens.backbone import (
     read_vocabulary_head,
     resize_vocabulary,
 )
+from lens.card import Facts, model_card, read_facts, write_card
 from lens.config import FORMAT_VERSION, LensConfig, check_fields
+from lens.explain import ClusterTokens
 from lens.files import atomic_folder, read_json, read_tensors
 from lens.head import LexicalHead, whitened
-from lens.text import add_special_tokens
+from lens.merge import save_merged
+from lens.text import add_special_tokens, tagged_prompt
 
 # Legend: B texts, L tokens, D hidden size, V vocabulary, K clusters.
 
 CONFIG_FILE, HEAD_FILE, CLUSTERS_FILE = "lens.json", "head.safetensors", "clusters.safetensors"
+MODULES_FILE, SENTENCE_FILE = "modules.json", "config_sentence_transformers.json"
 
 
 class LensModel(nn.Module):
@@ -59,6 +64,8 @@ class LensModel(nn.Module):
         self.config = config
         self.backbone_is_own = False
         """True when the backbone differs from `config.base` and must be saved with the artifact."""
+        self.facts = Facts()
+        """What the model card tells of training and results."""
 
     def train(self, mode: bool = True) -> LensModel:
         """As nn.Module's, but a frozen backbone stays in eval mode: its dropout would be noise that nothing learns."""
@@ -92,44 +99,61 @@ class LensModel(nn.Module):
         path: str | os.PathLike[str],
         tokenizer: Any,
         include_backbone: bool = False,
-        card: str | None = None,
         overwrite: bool = False,
     ) -> None:
         """Writes the artifact to a temporary folder and renames it to `path`.
 
-        `include_backbone` adds the backbone's weights (LoRA merged in), so that the folder needs nothing else.
-        `card` is the text of README.md. Raises FileExistsError unless `overwrite`.
+        `include_backbone` adds the backbone's weights (LoRA merged in), so that the folder needs nothing else. Raises
+        FileExistsError unless `overwrite`, and ValueError where a quantised backbone cannot be merged.
         """
         with atomic_folder(path, overwrite, CONFIG_FILE) as folder:
-            self.write(folder, tokenizer, include_backbone, card)
+            self.write(folder, tokenizer, include_backbone)
 
-    def write(self, folder: Path, tokenizer: Any, include_backbone: bool = False, card: str | None = None) -> None:
-        """Writes the artifact's files into an existing folder, which the caller makes atomic."""
+    def write(
+        self, folder: Path, tokenizer: Any, include_backbone: bool = False, repository: str | None = None
+    ) -> None:
+        """Writes the artifact's files into an existing folder, which the caller makes atomic.
+
+        `repository` is the hub id that the model card names.
+        """
         content = {"format_version": FORMAT_VERSION, "lens_version": lens.__version__, **self.config.to_dict()}
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tensors = {"labels": self.head.labels, **_to_file_names(self.head.state_dict())}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / HEAD_FILE, {"format": "pt"})
         if include_backbone or self.backbone_is_own:
-            backbone: Any = self.backbone
-            if isinstance(backbone, PeftModel):
-                backbone = copy.deepcopy(backbone).merge_and_unload()
-            backbone.save_pretrained(folder)
+            if isinstance(self.backbone, PeftModel):
+                save_merged(self.backbone, folder)
+            else:
+                self.backbone.save_pretrained(folder)  # type: ignore[operator]
         elif isinstance(self.backbone, PeftModel):
             self.backbone.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / HEAD_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)  # safetensors' own is for the owner alone
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card or _card(self.config), encoding="utf-8")
+        for name, facts in sentence_files(self.config).items():
+            (folder / name).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tokens = ClusterTokens(self.head.labels.cpu().numpy(), self.config.dimensions, tokenizer)
+        adapter = (folder / "adapter_config.json").is_file()
+        write_card(folder, self.facts, model_card(self.config, self.facts, tokens, adapter, repository))
+
+
+def sentence_files(config: LensConfig) -> dict[str, Any]:
+    """The two JSON files by which sentence-transformers finds lens.sentence.LensModule, by file name."""
+    return {
+        MODULES_FILE: [{"idx": 0, "name": "0", "path": "", "type": "lens.sentence.LensModule"}],
+        SENTENCE_FILE: {
+            "model_type": "SentenceTransformer",
+            "requirements": {
+                "lens-embeddings": {"specifier": f">={lens.__version__}", "reason": "It holds the LENS head."}
+            },
+            "prompts": {"query": tagged_prompt(config.instruction), "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if config.normalize else "dot",
+        },
+    }
 
 
 def _to_file_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {("centroids" if name == "weight" else name): tensor for name, tensor in state.items()}
-
-
-def _card(config: LensConfig) -> str:
-    return (
-        f"# LENS model\n\nLexicon-based embeddings of {config.dimensions} dimensions over `{config.base}`.\n\n"
-        "```python\nimport lens\n\nmodel = lens.load('this folder')\nmodel.encode_documents(['some text'])\n```\n"
-    )
 
 
 def read_config(folder: Path) -> LensConfig:
@@ -196,18 +220,22 @@ def load_model(
     if len(head.labels) > rows:
         raise ValueError(f"{folder / HEAD_FILE}: labels for {len(head.labels)} tokens, but the backbone knows {rows}")
     model.backbone_is_own = own_backbone
+    model.facts = read_facts(folder)
     model.head.to(dtype)
     return model.eval(), tokenizer
 
 
-def fetch(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a model: `path` itself, or the hub repository of that name, downloaded."""
+def fetch(path: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Path:
+    """The folder of a model: `path` itself, or the hub repository of that name, downloaded.
+
+    `options` go to huggingface_hub.snapshot_download.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "lm_head.pth"]  # the one pickle: see lens/compat.py
     name = check_base(path)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"], **options))
 
 
 def read_head(path: Path, config: LensConfig) -> LexicalHead:

@@ -11,6 +11,7 @@ Every pooled set is one contiguous span, so tokens travel as (ids, start, end).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from lens.config import LensConfig
 
 SPECIAL_TOKENS = ("<instruct>", "<query>", "<response>")
 Kind = Literal["query", "document"]
+_tokenizing = threading.Lock()  # fast tokenizers keep truncation as state, which another thread would change
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,11 @@ def check_texts(texts: Any) -> list[str]:
                 "remove it, for example with text.encode('utf-8', 'replace').decode()"
             ) from error
     return checked
+
+
+def tagged_prompt(instruction: str | None) -> str:
+    """What stands before a query in the lens prompt: <instruct>{instruction}\\n<query>, or <query> alone."""
+    return f"<instruct>{instruction}\n<query>" if instruction else "<query>"
 
 
 class TextProcessor:
@@ -115,22 +122,21 @@ class TextProcessor:
         if kind == "query" and instruction is None:
             instruction = self.config.instruction
         if self.config.prompt == "lens":
-            if instruction:
-                return f"<instruct>{instruction}\n<query>"
-            return "<query>" if kind == "query" else ""
+            return tagged_prompt(instruction) if instruction or kind == "query" else ""
         return f"{instruction} " if instruction else ""
 
     def _encode(self, texts: list[str], room: int | None) -> Any:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=room is not None,
-            max_length=room,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        with _tokenizing:
+            return self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                truncation=room is not None,
+                max_length=room,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
 
     def _span(self, content: list[int], content_start: int, limit: int) -> Tokens:
         ids = [*self.prefix, *content, *self.suffix][:limit]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import SENTENCES
 
 from lens.text import TextProcessor
+from train import step
 from train.config import Recipe
 from train.data import Batches, Example
 from train.loss import contrastive_loss
 from train.run import build
 from train.sampler import Schedule
 from train.states import compute_states, keys_of
-from train.step import QueryPassageModel
+from train.step import QueryPassageModel, cached_backward
 from train.top import TopLayers
 
 
@@ -29,8 +32,15 @@ def examples():
     return found
 
 
-def step_of(folder, clusters, budget, autocast=False, caching=True, **changes):
-    """Loss and gradients of one batch, in mini-batches of `budget` padded tokens."""
+@pytest.fixture
+def step_of(monkeypatch):
+    """Loss, gradients, number of mini-batches and the random numbers after one batch."""
+    return partial(_step_of, monkeypatch)
+
+
+def _step_of(monkeypatch, folder, clusters, budget, autocast=False, caching="checkpoints", **changes):
+    """`caching`: none, by checkpoints, or in two passes as under ZeRO-3. The budget is in padded tokens."""
+    monkeypatch.undo()
     recipe = Recipe(
         base=str(folder), data=("none",), output="none", clusters=str(clusters), batch_size=6, group_size=3, **changes
     )
@@ -44,13 +54,25 @@ def step_of(folder, clusters, budget, autocast=False, caching=True, **changes):
     text = TextProcessor(tokenizer, model.config)
     batch = Batches([data], Schedule([6], 6, 1, 1), text, 3, mini_batch_tokens=budget)[0]
     wrapped = QueryPassageModel(model).train()
-    if not caching:
-        wrapped._cached = lambda inputs, partitioned: wrapped._embed(**inputs)
+    if caching == "none":
+        monkeypatch.setattr(step, "checkpoint", lambda function, use_reentrant, **inputs: function(**inputs))
     torch.manual_seed(5)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        queries, passages = wrapped(batch["queries"], batch["passages"], batch["mini_batches"])
-        loss = contrastive_loss(queries, passages, batch["teacher"], 0.1, 0.5, 1.0, True, None, batch["keys"])
-    loss.total.backward()
+        if caching == "passes":
+            losses = []
+
+            def loss_of(embeddings):
+                queries, passages = embeddings[batch["queries"]], embeddings[batch["passages"]]
+                loss = contrastive_loss(queries, passages, batch["teacher"], 0.1, 0.5, 1.0, True, None, batch["keys"])
+                losses.append(loss)
+                return loss.total
+
+            cached_backward(wrapped, batch["mini_batches"], loss_of, lambda surrogate, last: surrogate.backward())
+            loss = losses[0]
+        else:
+            queries, passages = wrapped(batch["queries"], batch["passages"], batch["mini_batches"])
+            loss = contrastive_loss(queries, passages, batch["teacher"], 0.1, 0.5, 1.0, True, None, batch["keys"])
+            loss.total.backward()
     after = torch.rand(3)  # what the random numbers are after the step
     gradients = {name: p.grad.clone() for name, p in wrapped.named_parameters() if p.requires_grad}
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
@@ -70,20 +92,21 @@ def assert_same(one, other, rtol):
 LORA = {"backbone": "lora", "lora_r": 4, "train_head": True}
 
 
+@pytest.mark.parametrize("caching", ["checkpoints", "passes"])
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"pooling": "sum"}])
 @pytest.mark.parametrize("budget", [1, 60, 100_000])
-def test_cached_equals_uncached(budget, changes, mistral, mistral_clusters):
+def test_cached_equals_uncached(budget, changes, caching, step_of, mistral, mistral_clusters):
     settings = {**LORA, "lora_dropout": 0.0, **changes}
     whole = step_of(mistral, mistral_clusters, None, **settings)
-    cached = step_of(mistral, mistral_clusters, budget, **settings)
+    cached = step_of(mistral, mistral_clusters, budget, caching=caching, **settings)
     assert cached[2] == {1: 24, 100_000: 1}.get(budget, cached[2])
     assert 1 <= cached[2] <= 24
     assert_same(whole, cached, 1e-4)
 
 
-def test_cached_equals_uncached_for_an_encoder_trained_in_full(bert, bert_clusters):
+def test_cached_equals_uncached_for_an_encoder_trained_in_full(step_of, bert, bert_clusters):
     settings = {"backbone": "full", "train_head": True, "transform": "residual"}
-    kept = step_of(bert, bert_clusters, 50, caching=False, **settings)  # BERT's own dropout
+    kept = step_of(bert, bert_clusters, 50, caching="none", **settings)  # BERT's own dropout
     cached = step_of(bert, bert_clusters, 50, **settings)
     assert cached[2] > 1
     assert_same(kept, cached, 1e-5)
@@ -112,7 +135,7 @@ def test_cached_equals_uncached_on_stored_states(bert, bert_clusters, tmp_path):
     assert_same(*found, 1e-4)
 
 
-def test_a_batch_keeps_no_activations_of_its_mini_batches(mistral, mistral_clusters):
+def test_a_batch_keeps_no_activations_of_its_mini_batches(step_of, mistral, mistral_clusters):
     def kept(caching):
         sizes = []
 
@@ -124,18 +147,20 @@ def test_a_batch_keeps_no_activations_of_its_mini_batches(mistral, mistral_clust
             step_of(mistral, mistral_clusters, 60, caching=caching, **LORA)
         return sum(sizes)
 
-    assert kept(caching=True) < kept(caching=False) / 20
+    assert kept("checkpoints") < kept("none") / 20
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("caching", ["checkpoints", "passes"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_dropout_masks_are_the_same_in_the_second_pass(autocast, changes, mistral, mistral_clusters):
+def test_dropout_masks_are_the_same_in_the_second_pass(autocast, changes, caching, step_of, mistral, mistral_clusters):
     settings = {**LORA, "lora_dropout": 0.3, **changes}
-    kept = step_of(mistral, mistral_clusters, 60, autocast, caching=False, **settings)
-    cached = step_of(mistral, mistral_clusters, 60, autocast, **settings)
+    kept = step_of(mistral, mistral_clusters, 60, autocast, "none", **settings)
+    cached = step_of(mistral, mistral_clusters, 60, autocast, caching, **settings)
     assert cached[2] > 1
-    assert_same(kept, cached, 1e-5)
+    # In two passes bfloat16 gradients of a weight are summed in another order.
+    assert_same(kept, cached, 2e-2 if autocast and caching == "passes" else 1e-5)
     assert torch.equal(kept[3], cached[3])  # the step leaves the random numbers where it found them
     other = step_of(mistral, mistral_clusters, 60, autocast, **{**settings, "lora_dropout": 0.0})
     with pytest.raises(AssertionError):
-        assert_same(other, cached, 1e-2)
+        assert_same(other, cached, 2e-2)

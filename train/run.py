@@ -28,6 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from lens.backbone import resolve_device
+from lens.card import Facts, recipe_facts
 from lens.files import check_output, read_json, write_json
 from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel, build_model
 from lens.text import SPECIAL_TOKENS, TextProcessor
@@ -340,7 +341,8 @@ def finish(model: LensModel, tokenizer: Any, recipe: Recipe, output: Path) -> No
     staged = output / ".finished"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    model.to("cpu").write(staged, tokenizer, recipe.include_backbone, card(recipe, model))
+    model.facts = Facts(recipe_facts(recipe.resolved()))
+    model.to("cpu").write(staged, tokenizer, recipe.include_backbone)
     for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG_FILE):
         file.replace(output / file.name)
     staged.rmdir()
@@ -352,16 +354,6 @@ def drop_states(output: Path, rank: int = 0) -> None:
     if rank == 0:
         for name in (STATES_FILE, "hidden.json"):
             (output / name).unlink(missing_ok=True)
-
-
-def card(recipe: Recipe, model: LensModel) -> str:
-    """The model card: base, data and recipe."""
-    rows = "\n".join(f"| {name} | `{value}` |" for name, value in recipe.resolved().items())
-    return (
-        f"# LENS model\n\nLexicon-based text embeddings of {model.config.dimensions} dimensions, each one a cluster of "
-        f"tokens, over the backbone `{recipe.base}`.\n\n```python\nimport lens\n\nmodel = lens.load('this folder')\n"
-        "model.encode_documents(['some text'])\n```\n\n## Training\n\n| field | value |\n| --- | --- |\n" + rows + "\n"
-    )
 
 
 def _summary(recipe: Recipe, model: LensModel, sources: list[DataSet], schedule: Schedule) -> str:
