@@ -51,7 +51,7 @@ def check_implementation(name: str | None, device: torch.device | None = None) -
     kernel = _KERNEL.fullmatch(name) is not None
     if name not in IMPLEMENTATIONS and not kernel:
         near = difflib.get_close_matches(name, IMPLEMENTATIONS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
             f"{field} is unknown{hint} Accepted are {', '.join(IMPLEMENTATIONS)}, and kernels of the hub such as "
             "kernels-community/flash-attn2"

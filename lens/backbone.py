@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from transformers.utils import logging
 
 from lens.attention import check_implementation, free_modules, lift_causality, probe_attention
 from lens.config import Architecture
-from lens.quantized import Quantization, quantization_config
+from lens.quantized import Quantization, keep_differentiable, quantization_config
 
 # Legend: B texts, L tokens, D hidden size, V vocabulary.
 
@@ -141,6 +142,8 @@ def load_backbone(
         backbone.pooler = None  # unused parameters would stall data-parallel training
     if device is not None and quantization is None:
         backbone.to(device)
+    if quantization is not None:
+        keep_differentiable(backbone)
     check_finite(backbone, base)
     if architecture == "decoder" and bidirectional:
         free_modules(backbone)
@@ -150,16 +153,18 @@ def load_backbone(
 
 def _read(auto: Any, base: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A model and transformers' report on its weights; raises ValueError naming what is wrong with `base`."""
-    kernel = options.get("attn_implementation")
+    attention = options.get("attn_implementation")
     with _quiet():
         try:
             loaded, report = auto.from_pretrained(base, **options)
         except SafetensorError as error:
             raise ValueError(f"{base}: a weight file is not whole safetensors ({error}); download it again") from error
         except (RuntimeError, ImportError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            if kernel is not None and ("/" in kernel or "flash" in kernel):
-                raise ValueError(f"{base}: attn_implementation={kernel!r} cannot be used ({reason})") from error
+            reason = " ".join(str(error).split())[:200]
+            if attention is not None and re.search("attention|kernel", reason, re.IGNORECASE):
+                raise ValueError(
+                    f"{base}: attn_implementation={attention!r} cannot be used ({reason}); try None"
+                ) from error
             if not isinstance(error, RuntimeError):
                 raise
             raise ValueError(f"{base}: weights and config.json do not fit together ({reason})") from error

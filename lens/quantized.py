@@ -43,6 +43,15 @@ def is_quantized(backbone: nn.Module) -> bool:
     return bool(getattr(bare, "is_loaded_in_4bit", False) or getattr(bare, "is_loaded_in_8bit", False))
 
 
+def keep_differentiable(backbone: nn.Module) -> None:
+    """Keeps 4-bit layers in the one form that gradients pass through: on CPUs with AVX512-BF16, bitsandbytes repacks
+    them at the first forward pass in eval mode for a kernel without a backward pass, and training would then silently
+    get no gradient through them."""
+    for module in backbone.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 @contextmanager
 def exact_rows(backbone: nn.Module) -> Iterator[None]:
     """Within, 8-bit layers work on each token by itself: usually which features count as outliers is decided by the
