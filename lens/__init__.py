@@ -1,6 +1,10 @@
 """LENS: lexicon-based text embeddings whose every dimension is a readable cluster of tokens."""
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+# peft imports bitsandbytes where it is installed, which then warns on stderr of every CPU kernel that it lacks.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 

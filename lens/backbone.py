@@ -1,13 +1,12 @@
-"""Tokens -> hidden states: a Hugging Face decoder or encoder, bidirectional and proven so.
-
-In transformers >= 5.2 a decoder's mask becomes bidirectional through `config.is_causal = False`; flags on the
-attention modules alone leave padded batches causal. Whether it worked is not believed but probed at every load.
-"""
+"""Tokens -> hidden states: a Hugging Face decoder or encoder, read straight into its dtype and onto its device,
+quantised where asked, bidirectional and proven so (lens/attention.py)."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from lens.attention import check_implementation, free_modules, lift_causality, probe_attention
 from lens.config import Architecture
+from lens.quantized import Quantization, keep_differentiable, quantization_config
 
 # Legend: B texts, L tokens, D hidden size, V vocabulary.
 
@@ -95,45 +96,88 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     with_head: bool = False,
+    device: torch.device | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[nn.Module, nn.Module | None, list[str]]:
     """Loads the backbone; with `with_head` also the language model around it (else None) and its missing weights.
 
-    A decoder gets `is_causal = not bidirectional` and no sliding window, then is probed: a mask that is not what
-    was asked for raises ValueError. Backbone weights that are absent, NaN or infinite raise ValueError by name.
+    Weights go one by one into `dtype` and onto `device` (None: the CPU), so that memory holds them once. `quantization`
+    turns linear layers into 4 or 8 bits meanwhile. Of a model of several modalities the language model is taken.
+
+    A decoder gets `is_causal = not bidirectional` and no sliding window, then every layer is probed: attention that is
+    not what was asked for raises ValueError. Backbone weights that are absent, NaN or infinite raise ValueError by
+    name; what is not installed ImportError with the pip command, before any weight is read.
     """
     base = check_base(base)
+    check_implementation(attn_implementation, device)
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "output_loading_info": True}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, dtype)
+        options["device_map"] = {"": device or torch.device("cpu")}
+    elif device is not None and device.type != "cpu" and importlib.util.find_spec("accelerate") is not None:
+        options["device_map"] = {"": device}
     config = load_config(base, revision)
     architecture = architecture_of(config)
     if architecture == "decoder":
-        config.is_causal = not bidirectional
-        if getattr(config, "sliding_window", None) is not None and bidirectional:
-            config.sliding_window = None
-    options: dict[str, Any] = {"config": config, "revision": revision, "dtype": dtype, "output_loading_info": True}
+        if bidirectional:
+            lift_causality(config)
+        else:
+            config.get_text_config().is_causal = True
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     auto: Any = AutoModel
     if with_head:
         auto = AutoModelForMaskedLM if architecture == "encoder" else AutoModelForCausalLM
-    with _quiet():
-        try:
-            loaded, report = auto.from_pretrained(base, **options)
-        except SafetensorError as error:
-            raise ValueError(f"{base}: a weight file is not whole safetensors ({error}); download it again") from error
-        except RuntimeError as error:
-            raise ValueError(f"{base}: weights and config.json do not fit together ({error})") from error
-    backbone: nn.Module = loaded.base_model if with_head else loaded
+    loaded, report = _read(auto, base, {**options, "config": config})
+    backbone: Any = loaded.base_model if with_head else loaded
     missing = sorted(report["missing_keys"])
     inner = {name for name, _ in backbone.named_parameters() if not name.startswith("pooler.")}
     prefix = f"{loaded.base_model_prefix}."
     absent = [name for name in missing if (name.removeprefix(prefix) if with_head else name) in inner]
     if absent:
         raise ValueError(f"{base} lacks weights of its {config.model_type} backbone: {', '.join(absent[:5])} ...")
+    if config.get_text_config() is not config:
+        backbone = _language_model(backbone, base)
     if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None  # type: ignore[assignment]  # unused parameters would stall data-parallel training
+        backbone.pooler = None  # unused parameters would stall data-parallel training
+    if device is not None and quantization is None:
+        backbone.to(device)
+    if quantization is not None:
+        keep_differentiable(backbone)
     check_finite(backbone, base)
-    if architecture == "decoder":
-        check_attention(backbone, bidirectional)
+    if architecture == "decoder" and bidirectional:
+        free_modules(backbone)
+    check_attention(backbone, bidirectional or architecture == "encoder")
     return backbone, (loaded if with_head else None), missing
+
+
+def _read(auto: Any, base: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model and transformers' report on its weights; raises ValueError naming what is wrong with `base`."""
+    attention = options.get("attn_implementation")
+    with _quiet():
+        try:
+            loaded, report = auto.from_pretrained(base, **options)
+        except SafetensorError as error:
+            raise ValueError(f"{base}: a weight file is not whole safetensors ({error}); download it again") from error
+        except (RuntimeError, ImportError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            if attention is not None and re.search("attention|kernel", reason, re.IGNORECASE):
+                raise ValueError(
+                    f"{base}: attn_implementation={attention!r} cannot be used ({reason}); try None"
+                ) from error
+            if not isinstance(error, RuntimeError):
+                raise
+            raise ValueError(f"{base}: weights and config.json do not fit together ({reason})") from error
+    return loaded, report
+
+
+def _language_model(backbone: Any, base: str) -> nn.Module:
+    """The language model of a model that also takes images or sound."""
+    found: Any = backbone.get_decoder()
+    if found is backbone or not hasattr(found.config, "hidden_size"):
+        raise ValueError(f"{base} is a {backbone.config.model_type} model, in which no language model could be found")
+    model: nn.Module = found
+    return model
 
 
 def read_vocabulary_head(
@@ -173,32 +217,16 @@ def read_vocabulary_head(
 def check_finite(module: nn.Module, source: str) -> None:
     """Raises ValueError naming the first parameter with a NaN or infinite value and where it came from."""
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"{source}: weight {name} holds NaN or infinite values; the file is damaged")
+        if parameter.is_floating_point() and parameter.numel() > 0:
+            ends = torch.stack(torch.aminmax(parameter.detach()))  # NaN wins; needs no copy of the weights
+            if not bool(torch.isfinite(ends).all()):
+                raise ValueError(f"{source}: weight {name} holds NaN or infinite values; the file is damaged")
 
 
-@torch.no_grad()
 def check_attention(backbone: nn.Module, bidirectional: bool) -> None:
-    """Probes whether a later token changes earlier outputs, in a padded batch, and raises ValueError if that is
-    not as `bidirectional` says."""
-    training = backbone.training
-    backbone.eval()
-    device = next(backbone.parameters()).device
-    vocabulary = int(backbone.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    ids = torch.arange(10, device=device).reshape(2, 5) % vocabulary
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=device)
-    changed = ids.clone()
-    changed[:, 3] = (ids[:, 3] + 7) % vocabulary
-    first = hidden_states(backbone, ids, mask)[:, :3].float()
-    second = hidden_states(backbone, changed, mask)[:, :3].float()
-    sees_later = bool(((first - second).abs().amax((1, 2)) > 1e-6 * first.abs().max()).all())
-    backbone.train(training)
-    if sees_later != bidirectional:
-        raise ValueError(
-            f"{type(backbone).__name__} is {'causal' if bidirectional else 'bidirectional'} although "
-            f"bidirectional={bidirectional} was asked for; transformers >= 5.2 and an attention implementation that "
-            "honours config.is_causal are needed (try attn_implementation='sdpa')"
-        )
+    """Probes whether later tokens change earlier ones in every layer; raises ValueError where that is not as
+    `bidirectional` says."""
+    probe_attention(backbone, bidirectional, hidden_states)
 
 
 def hidden_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -231,9 +259,10 @@ def _takes_positions(backbone: nn.Module) -> bool:
 def position_limit(backbone: nn.Module) -> int | None:
     """Longest input in tokens of a backbone with learnt absolute positions; None where there is no such limit."""
     for name, module in _bare(backbone).named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's first positions are taken by its padding index.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        if name.endswith(("position_embeddings", "embed_positions", "wpe")) and isinstance(module, nn.Embedding):
+            # RoBERTa's first positions are taken by its padding index, OPT's by its offset.
+            taken = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            return module.num_embeddings - int(taken)
     return None
 
 

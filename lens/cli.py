@@ -35,6 +35,15 @@ def _parser() -> argparse.ArgumentParser:
         if encodes:
             sub.add_argument("--device", help="cpu, cuda or mps; default: the first GPU there is, else the CPU")
             sub.add_argument("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on GPUs, else float32")
+            sub.add_argument("--quantization", choices=("4bit", "8bit"), help="quantise the backbone (bitsandbytes)")
+            sub.add_argument(
+                "--attn-implementation", help="sdpa, eager, flash_attention_2, ...; default: transformers' own"
+            )
+            sub.add_argument("--compile", action="store_true", help="compile the backbone's layers (torch.compile)")
+            sub.add_argument("--base", help="the backbone's place where it has moved")
+            sub.add_argument(
+                "--compat", choices=("official",), help="embed as the released LENS code does, for its checkpoints"
+            )
             sub.add_argument("--instruction", help="instruction of the queries")
         return sub
 
@@ -118,7 +127,16 @@ def _parser() -> argparse.ArgumentParser:
 def _load(options: argparse.Namespace) -> Any:
     import lens
 
-    return lens.load(options.model, device=options.device, dtype=options.dtype)
+    return lens.load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        base=options.base,
+        attn_implementation=options.attn_implementation,
+        compat=options.compat,
+        quantization=options.quantization,
+        compile=options.compile,
+    )
 
 
 def _encode(options: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from lens.config import LensConfig
 from lens.files import read_json
 from lens.head import LexicalHead
 from lens.model import LensModel
+from lens.quantized import Quantization
 from lens.text import SPECIAL_TOKENS
 
 # Legend: V vocabulary, D hidden size, K clusters.
@@ -48,13 +49,21 @@ def load_released(
     base: str | None = None,
     attn_implementation: str | None = None,
     official: bool = False,
+    device: torch.device | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[LensModel, Any]:
     """A released checkpoint as a model in eval mode, and its tokenizer.
 
     A run's backbone is `base`, else the one that its adapter names. `official` keeps the released truncation, see
-    `LensConfig.truncation`. Raises FileNotFoundError and ValueError naming the file.
+    `LensConfig.truncation`; `device` and `quantization` are those of `load_backbone`. Raises FileNotFoundError and
+    ValueError naming the file.
     """
     run = (folder / RUN_HEAD).is_file()
+    if run and quantization is not None:
+        raise ValueError(
+            f"quantization={quantization!r}: the adapter of {folder} is merged, which 4 or 8 bits cannot take. Convert "
+            "it once with lens.load(FOLDER).save(NEW, include_backbone=True), then load NEW with quantization"
+        )
     weight = read_pickled(folder / (RUN_HEAD if run else HUB_HEAD), nn.Linear)  # (K, D)
     tokenizer = _tokenizer(folder)
     unknown = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
@@ -73,7 +82,9 @@ def load_released(
         raise FileNotFoundError(f"{folder}: {error}; pass base= with the backbone's place") from error
     if architecture_of(load_config(place)) != "decoder":
         raise ValueError(f"{place} is no decoder; released checkpoints stand on Mistral")
-    backbone, _, _ = load_backbone(place, None, True, dtype, attn_implementation)
+    backbone, _, _ = load_backbone(
+        place, None, True, dtype, attn_implementation, device=device, quantization=quantization
+    )
     if run:
         resize_vocabulary(backbone, len(tokenizer))
         _put_embedding(backbone, embedding, folder / RUN_EMBEDDING)
@@ -88,7 +99,7 @@ def load_released(
     rows = backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     head = LexicalHead(config, torch.full((rows,), -1, dtype=torch.int32))
     head.load_state_dict({**head.state_dict(), "weight": weight})
-    model = LensModel(backbone, head.to(dtype), config)
+    model = LensModel(backbone, head.to(device=device, dtype=dtype), config)
     model.backbone_is_own = True
     return model.eval(), tokenizer
 

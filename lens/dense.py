@@ -41,8 +41,9 @@ class Dense:
         if max_length < 3:
             raise ValueError(f"max_length must be at least 3 tokens, found {max_length}")
         model: Any
-        model, _, _ = load_backbone(os.fspath(path), bidirectional=False, dtype=getattr(torch, dtype or "float32"))
-        self._model = model.to(self._device).eval()
+        kind = getattr(torch, dtype or "float32")
+        model, _, _ = load_backbone(os.fspath(path), bidirectional=False, dtype=kind, device=self._device)
+        self._model = model.eval()
         self._max_length = min(max_length, position_limit(self._model) or max_length)
         self._batch_tokens = batch_tokens or (4096 if self._device.type == "cpu" else 32768)
         self.dimensions = int(self._model.config.hidden_size)

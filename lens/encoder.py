@@ -15,29 +15,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from lens.attention import compile_layers, is_flash
 from lens.backbone import resolve_device
 from lens.compat import is_released, load_released
 from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, fetch, load_model
+from lens.quantized import Quantization
 from lens.text import Kind, TextProcessor, check_texts, token_batches
 from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
 
 # Legend: N texts, K clusters.
 
 Output = Literal["numpy", "torch", "csr"]
+Compat = Literal["official"]
 Embeddings = Array | Tensor | scipy.sparse.csr_matrix
 
 _BATCH_TOKENS = {"cuda": 1 << 15, "mps": 1 << 13, "cpu": 1 << 12}
 _PROGRESS_BATCHES = 8
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or bfloat16 on GPUs that have it and float32 elsewhere; raises ValueError for others."""
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, attention: str | None = None) -> torch.dtype:
+    """The dtype asked for, or bfloat16 on GPUs that have it and float32 elsewhere; raises ValueError for others, and
+    for float32 with flash attention."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16; found {dtype!r}")
+    if found == torch.float32 and is_flash(attention):
+        raise ValueError(f"dtype=float32 contradicts attn_implementation={attention!r}: take bfloat16 or float16")
     return found
 
 
@@ -47,9 +53,13 @@ class LENS:
     Get one from `lens.load` or `LENS.build`. `config` holds its facts, `model` the torch module.
     """
 
-    def __init__(self, model: LensModel, tokenizer: Any, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self, model: LensModel, tokenizer: Any, device: str | torch.device | None = None, compile: bool = False
+    ) -> None:
         self.device = resolve_device(device)
         self.model = model.to(self.device).eval()
+        if compile:
+            compile_layers(model.backbone, self.device)
         self.tokenizer = tokenizer
         self.text = TextProcessor(tokenizer, model.config)
         self.config = model.config
@@ -64,18 +74,22 @@ class LENS:
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
         whiten: bool = False,
+        quantization: Quantization | None = None,
+        compile: bool = False,
         **config: Any,
     ) -> LENS:
         """An untrained model from a backbone (folder or hub id) and a clusters folder (None: full vocabulary head).
 
-        `whiten` evens out the centroids, see `lens.head.whitened`, for sentence encoders; `config` takes fields of
-        LensConfig. Raises FileNotFoundError, or ValueError naming the field or the file.
+        `whiten` evens out the centroids, see `lens.head.whitened`, for sentence encoders; for the further options see
+        `lens.load`; `config` takes fields of LensConfig. Raises FileNotFoundError, or ValueError naming the field or
+        the file.
         """
         where = resolve_device(device)
+        kind = resolve_dtype(dtype, where, attn_implementation)
         model, tokenizer = build_model(
-            os.fspath(backbone), clusters, resolve_dtype(dtype, where), attn_implementation, whiten, **config
+            os.fspath(backbone), clusters, kind, attn_implementation, whiten, where, quantization, **config
         )
-        return cls(model, tokenizer, where)
+        return cls(model, tokenizer, where, compile)
 
     def save(self, path: str | os.PathLike[str], include_backbone: bool = False, overwrite: bool = False) -> None:
         """Writes the artifact (see lens.model), atomically; sentence-transformers loads it too.
@@ -175,7 +189,7 @@ class LENS:
         )
         if not bool(torch.isfinite(embeddings).all()):
             raise FloatingPointError(
-                f"embeddings hold NaN or infinite values in {next(self.model.parameters()).dtype}; "
+                f"embeddings hold NaN or infinite values in {self.model.head.weight.dtype}; "
                 "load with dtype='bfloat16' or 'float32'"
             )
         return embeddings
@@ -219,43 +233,58 @@ def load(
     base: str | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
-    compat: Literal["official"] | None = None,
+    compat: Compat | None = None,
+    quantization: Quantization | None = None,
+    compile: bool = False,
 ) -> LENS:
     """Loads a model from a folder or a hub id, on cuda, mps or cpu (the first there is), in eval mode.
 
     `dtype` is bfloat16 on GPUs that have it and float32 elsewhere; `base` is the backbone's place where it has moved.
+    `attn_implementation` is sdpa, eager, flex_attention, flash_attention_2, flash_attention_3 or a kernel of the hub
+    (org/name); None leaves the choice to transformers. `quantization` ("4bit", "8bit") quantises the backbone while it
+    is read, with bitsandbytes. `compile` compiles its layers, at the first texts, which pays on GPUs for many texts.
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
     docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
     where = resolve_device(device)
     if compat not in (None, "official"):
         raise ValueError(f"compat must be 'official' or None; found {compat!r}")
-    folder, kind = fetch(path_or_id, revision), resolve_dtype(dtype, where)
+    folder, kind = fetch(path_or_id, revision), resolve_dtype(dtype, where, attn_implementation)
     if is_released(folder):
-        model, tokenizer = load_released(folder, kind, base, attn_implementation, compat == "official")
+        official = compat == "official"
+        model, tokenizer = load_released(folder, kind, base, attn_implementation, official, where, quantization)
     elif compat is not None:
         raise ValueError(f"compat={compat!r} is for checkpoints of the released LENS code, and {folder} is none")
     else:
-        model, tokenizer = load_model(folder, kind, base, None, attn_implementation)
-    return LENS(model, tokenizer, where)
+        model, tokenizer = load_model(folder, kind, base, None, attn_implementation, where, quantization)
+    return LENS(model, tokenizer, where, compile)
 
 
-def encode(texts: Sequence[str], model: str | os.PathLike[str] | LENS | None = None, **options: Any) -> Any:
+def encode(
+    texts: Sequence[str],
+    model: str | os.PathLike[str] | LENS | None = None,
+    compat: Compat | None = None,
+    **options: Any,
+) -> Any:
     """Embeds texts with a model given by folder, hub id or LENS (default: the environment's LENS_MODEL).
 
-    Models are loaded once and kept. `options` are those of `LENS.encode`.
+    Models are loaded once and kept. `compat` is that of `lens.load`, `options` are those of `LENS.encode`.
     """
     model = model if model is not None else os.environ.get("LENS_MODEL")
     if model is None:
         raise ValueError("no model: pass model= a folder or hub id, or set the environment variable LENS_MODEL")
-    return (model if isinstance(model, LENS) else _cached(os.fspath(model))).encode(texts, **options)
+    if isinstance(model, LENS):
+        if compat is not None:
+            raise ValueError(f"compat={compat!r} is decided when a model is loaded: pass it to lens.load")
+        return model.encode(texts, **options)
+    return _cached(os.fspath(model), compat).encode(texts, **options)
 
 
 @functools.lru_cache(maxsize=2)
-def _cached_load(path: str, stamp: int) -> LENS:
-    return load(path)
+def _cached_load(path: str, stamp: int, compat: Compat | None) -> LENS:
+    return load(path, compat=compat)
 
 
-def _cached(path: str) -> LENS:
+def _cached(path: str, compat: Compat | None) -> LENS:
     file = Path(path) / "lens.json"
-    return _cached_load(path, file.stat().st_mtime_ns if file.is_file() else 0)
+    return _cached_load(path, file.stat().st_mtime_ns if file.is_file() else 0, compat)

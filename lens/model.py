@@ -40,6 +40,7 @@ from lens.explain import ClusterTokens
 from lens.files import atomic_folder, read_json, read_tensors
 from lens.head import LexicalHead, whitened
 from lens.merge import save_merged
+from lens.quantized import Quantization, is_quantized
 from lens.text import add_special_tokens, tagged_prompt
 
 # Legend: B texts, L tokens, D hidden size, V vocabulary, K clusters.
@@ -104,8 +105,9 @@ class LensModel(nn.Module):
         """Writes the artifact to a temporary folder and renames it to `path`.
 
         `include_backbone` adds the backbone's weights (LoRA merged in), so that the folder needs nothing else. Raises
-        FileExistsError unless `overwrite`, and ValueError where a quantised backbone cannot be merged.
+        FileExistsError unless `overwrite`, and ValueError when quantised weights would be written.
         """
+        self._check_writable(include_backbone)
         with atomic_folder(path, overwrite, CONFIG_FILE) as folder:
             self.write(folder, tokenizer, include_backbone)
 
@@ -116,6 +118,7 @@ class LensModel(nn.Module):
 
         `repository` is the hub id that the model card names.
         """
+        self._check_writable(include_backbone)
         content = {"format_version": FORMAT_VERSION, "lens_version": lens.__version__, **self.config.to_dict()}
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tensors = {"labels": self.head.labels, **_to_file_names(self.head.state_dict())}
@@ -134,6 +137,15 @@ class LensModel(nn.Module):
         tokens = ClusterTokens(self.head.labels.cpu().numpy(), self.config.dimensions, tokenizer)
         adapter = (folder / "adapter_config.json").is_file()
         write_card(folder, self.facts, model_card(self.config, self.facts, tokens, adapter, repository))
+
+    def _check_writable(self, include_backbone: bool) -> None:
+        if is_quantized(self.backbone) and (include_backbone or self.backbone_is_own):
+            raise ValueError(
+                "include_backbone contradicts quantization: merging into 4 or 8 bits would lose what was trained. Load "
+                "the model without quantization and save that: the adapter then goes into the unquantised backbone"
+                if include_backbone
+                else "a quantised backbone cannot be saved: load the model without quantization and save that"
+            )
 
 
 def sentence_files(config: LensConfig) -> dict[str, Any]:
@@ -180,10 +192,13 @@ def load_model(
     base: str | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    device: torch.device | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[LensModel, Any]:
     """Loads an artifact, a folder or a hub repository, and returns the model, in eval mode, and its tokenizer.
 
-    `base` replaces the backbone's recorded place. Raises FileNotFoundError and ValueError naming the file.
+    `base` replaces the backbone's recorded place; for the other options see `load_backbone`. Raises FileNotFoundError
+    and ValueError naming the file.
     """
     folder = fetch(path, revision)
     if not (folder / CONFIG_FILE).is_file():
@@ -203,11 +218,13 @@ def load_model(
     tokenizer = load_tokenizer(str(folder))
     place = str(folder) if own_backbone else config.base
     revision = None if own_backbone else config.revision
-    backbone, _, _ = load_backbone(place, revision, config.bidirectional, dtype, attn_implementation)
+    backbone, _, _ = load_backbone(
+        place, revision, config.bidirectional, dtype, attn_implementation, device=device, quantization=quantization
+    )
     resize_vocabulary(backbone, len(tokenizer))
     if (folder / "adapter_config.json").is_file():
-        try:
-            backbone = PeftModel.from_pretrained(backbone, str(folder))
+        try:  # in the backbone's own dtype: in float32 the small matrices would cost more than the large ones
+            backbone = PeftModel.from_pretrained(backbone, str(folder), autocast_adapter_dtype=False)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{folder}: adapter_config.json or adapter_model.safetensors is damaged ({error})"
@@ -221,7 +238,7 @@ def load_model(
         raise ValueError(f"{folder / HEAD_FILE}: labels for {len(head.labels)} tokens, but the backbone knows {rows}")
     model.backbone_is_own = own_backbone
     model.facts = read_facts(folder)
-    model.head.to(dtype)
+    model.head.to(device=device, dtype=dtype)
     return model.eval(), tokenizer
 
 
@@ -270,11 +287,15 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     whiten: bool = False,
+    device: torch.device | None = None,
+    quantization: Quantization | None = None,
+    head_dtype: torch.dtype | None = None,
     **settings: Any,
 ) -> tuple[LensModel, Any]:
     """An untrained model: `base` with the centroids of a clusters folder, or with its full vocabulary head.
 
-    `whiten` evens out the centroids, see `whitened`, for backbones that no LM head was trained on.
+    `whiten` evens out the centroids, see `whitened`, for backbones that no LM head was trained on. `device` and
+    `quantization` are those of `load_backbone`; `head_dtype` is the head's dtype where it is not `dtype`.
 
     `settings` are LensConfig fields; what is not given follows from the backbone: decoders take the lens prompt (the
     three special tokens are added) and shifted positions, encoders the plain prompt and content positions.
@@ -302,8 +323,17 @@ def build_model(
     else:
         facts["head"] = "vocabulary"
     tokenizer = load_tokenizer(base, revision)
+    if quantization is not None and clusters is None and architecture == "encoder":
+        raise ValueError("quantization contradicts the MLM head of an encoder, which would be quantised too")
     backbone, wrapper, missing = load_backbone(
-        base, revision, facts.get("bidirectional", True), dtype, attn_implementation, with_head=clusters is None
+        base,
+        revision,
+        facts.get("bidirectional", True),
+        dtype,
+        attn_implementation,
+        with_head=clusters is None,
+        device=device,
+        quantization=quantization,
     )
     if wrapper is not None:
         state, facts = read_vocabulary_head(wrapper, missing, facts)
@@ -329,7 +359,7 @@ def build_model(
     head = LexicalHead(config, labels)
     head.load_state_dict({**head.state_dict(), **state})
     vocabulary = backbone_vocabulary if clusters is not None else len(labels)
-    model = LensModel(backbone, head.to(dtype), config)
+    model = LensModel(backbone, head.to(device=device, dtype=head_dtype or dtype), config)
     if len(labels) != vocabulary:
         raise ValueError(
             f"{clusters}: labels for {len(labels)} tokens, but the backbone {base} knows {vocabulary}: "

@@ -71,24 +71,15 @@ def encoder_tokenizer() -> FastTokenizer:
     )
 
 
-def save_mistral(folder: Path) -> Path:
+def save_mistral(folder: Path, **changes: int) -> Path:
     torch.manual_seed(0)
     tokenizer = decoder_tokenizer()
-    config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    MistralForCausalLM(config).save_pretrained(folder)
+    facts = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.15,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes,
+    }  # fmt: skip
+    MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), **facts)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -17,7 +17,9 @@ from torch import nn
 from transformers import AutoTokenizer, MistralForCausalLM
 
 import lens
+from lens.cli import main
 from lens.text import SPECIAL_TOKENS, TextProcessor
+from lens.vectors import load_embeddings
 
 LONG = " ".join(SENTENCES * 2)
 DOCUMENTS = [*SENTENCES, "", "a", LONG]
@@ -160,6 +162,44 @@ def test_converted_once_it_gives_the_same_vectors(layout, released, tmp_path):
         lens.load(tmp_path / "None", compat="official")
     with pytest.raises(ValueError, match="compat must be 'official' or None"):
         lens.load(folder, compat="offical", **options)
+
+
+def test_compat_is_an_option_of_encode_and_of_the_command_line(released, tmp_path):
+    hub, _ = released["hub"]
+    texts = [" ".join(SENTENCES * 9), SENTENCES[0]]  # the first is above 512 tokens
+    official, default = (lens.load(hub, compat=compat).encode(texts) for compat in ("official", None))
+    assert np.abs(official[0] - default[0]).max() > 1e-4
+    assert np.array_equal(lens.encode(texts, model=hub, compat="official"), official)
+    assert np.array_equal(lens.encode(texts, model=hub), default)
+    with pytest.raises(ValueError, match="compat='official' is decided when a model is loaded"):
+        lens.encode(texts, model=lens.load(hub), compat="official")
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    for options, expected in ((["--compat", "official"], official), ([], default)):
+        output = tmp_path / f"{len(options)}.npz"
+        arguments = ["encode", str(tmp_path / "texts.txt"), "--model", str(hub), "--device", "cpu", *options]
+        assert main([*arguments, "--output", str(output)]) == 0
+        np.testing.assert_allclose(load_embeddings(output)[0].toarray(), expected, atol=1e-6)
+
+
+def test_the_page_holds_what_was_measured():
+    from benchmarks import compat
+
+    text = compat.PAGE.read_text(encoding="utf-8")
+    assert compat.page(text, json.loads(compat.RESULTS.read_text(encoding="utf-8"))) == text
+    with pytest.raises(ValueError, match="lacks the lines"):
+        compat.page("no marks", {})
+
+
+def test_the_benchmark_finds_no_difference_on_texts_that_fit(monkeypatch):
+    from benchmarks import compat
+
+    monkeypatch.setattr(compat, "LIMITS", (64,))
+    found = compat.collect(None)["limits"]["64"]
+    assert found["fit"]["max_difference"] < 1e-6
+    assert found["fit"]["ranking"]["same_first"] == 1
+    assert found["too_long"]["max_difference"] > 1e-3
+    assert found["fit"]["texts"] > 3
+    assert found["too_long"]["texts"] > 3
 
 
 class Malicious:

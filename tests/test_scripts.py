@@ -198,7 +198,7 @@ def test_torch_first_then_the_rest_then_never_again(checkout: Path) -> None:
 def test_more_extras_are_added_to_those_there(checkout: Path) -> None:
     assert shell(checkout).returncode == 0
     shell(checkout, "test.sh")
-    assert pip_calls(checkout)[-1].endswith("-e .[mini,cluster,train,eval,dev]")
+    assert pip_calls(checkout)[-1].endswith("-e .[mini,cluster,train,eval,quantized,dev]")
     assert shell(checkout).returncode == 0
     assert len(pip_calls(checkout)) == 4
 

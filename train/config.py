@@ -68,7 +68,14 @@ class Recipe:
     document_max_length: int | None = None
     """Longest passage in tokens; None: 512, or what the backbone allows."""
     attn_implementation: str | None = None
-    """sdpa, eager, flash_attention_2, ...; None leaves the choice to transformers."""
+    """sdpa, eager, flex_attention, flash_attention_2, flash_attention_3, or a kernel of the hub (org/name); None leaves
+    the choice to transformers."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Loads the backbone in 4 bits (NF4, doubly quantised scales, computing in `precision`) or 8 bits (LLM.int8()) with
+    bitsandbytes; only backbone=lora and frozen."""
+    compile: bool = False
+    """Whether torch.compile compiles the backbone's layers: pays on GPUs in runs of more than some hundred steps,
+    needs a C++ compiler."""
 
     backbone: Literal["frozen", "top", "lora", "full"] = "lora"
     """What is trained of the backbone; `top`: its last layers."""
@@ -83,7 +90,8 @@ class Recipe:
     lora_dropout: float = 0.1
     """Dropout before the LoRA matrices, as a share."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get LoRA matrices."""
+    """Names of the linear layers that get LoRA matrices; `all-linear` alone: every linear layer of the backbone, for
+    those with other names."""
     train_special_tokens: bool = True
     """Whether the input rows of <instruct>, <query>, <response> are trained (LoRA with the lens prompt only)."""
 
@@ -214,6 +222,31 @@ class Recipe:
             raise ValueError(f"top_layers={self.top_layers} contradicts backbone={self.backbone}: it goes with top")
         if self.whiten and self.clusters is None:
             raise ValueError("whiten=true contradicts the full vocabulary head: give clusters, or whiten: false")
+        if self.quantization is not None and self.backbone not in ("lora", "frozen"):
+            raise ValueError(
+                f"quantization={self.quantization} contradicts backbone={self.backbone}: quantised weights cannot be "
+                "trained; use backbone: lora"
+            )
+        if self.quantization is not None and self.include_backbone:
+            raise ValueError(
+                f"include_backbone=true contradicts quantization={self.quantization}: merging into quantised weights "
+                "would lose what was trained. Merge into the unquantised ones when the run is finished: "
+                "lens.load(OUTPUT).save(FOLDER, include_backbone=True)"
+            )
+        if self.quantization is not None and (self.deepspeed or "").startswith("zero3"):
+            raise ValueError(
+                f"deepspeed={self.deepspeed} contradicts quantization={self.quantization}: ZeRO-3 cannot share out "
+                "quantised weights; use zero1 or zero2"
+            )
+        if self.compile and self.backbone == "top":
+            raise ValueError("compile=true contradicts backbone=top, which swaps the layers below for stored states")
+        if "all-linear" in self.lora_targets and len(self.lora_targets) > 1:
+            raise ValueError(f"lora_targets: all-linear stands alone, found {', '.join(self.lora_targets)}")
+        if self.precision == "fp32" and "flash" in (self.attn_implementation or ""):
+            raise ValueError(
+                f"attn_implementation={self.attn_implementation} contradicts precision=fp32: flash attention computes "
+                "in bf16 or fp16"
+            )
         if self.group_size == 1 and not self.in_batch_negatives:
             raise ValueError("group_size=1 contradicts in_batch_negatives=false: no negative is left")
 

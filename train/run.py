@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from filelock import FileLock, Timeout
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import TrainingArguments, set_seed
 
+from lens.attention import check_compiler, compile_layers
 from lens.backbone import resolve_device
 from lens.card import Facts, recipe_facts
 from lens.files import check_output, read_json, write_json
@@ -293,33 +294,60 @@ def build(recipe: Recipe) -> tuple[LensModel, Any]:
         )
         if getattr(recipe, name) is not None
     }  # fmt: skip
+    device = device_of(recipe)
+    if recipe.compile:
+        check_compiler(device)
     model, tokenizer = build_model(
         recipe.base,
         recipe.clusters,
+        weight_dtype(recipe),
         attn_implementation=recipe.attn_implementation,
         whiten=recipe.whiten,
+        device=device,
+        quantization=recipe.quantization,
+        head_dtype=torch.float32,
         **settings,
     )
-    model.backbone.requires_grad_(recipe.backbone == "full")
+    backbone: Any = model.backbone
+    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if recipe.quantization is not None:  # norms and embeddings in float32, as QLoRA trains
+        prepare_model_for_kbit_training(backbone, recipe.gradient_checkpointing, **checkpointing)
+    backbone.requires_grad_(recipe.backbone == "full")
     model.backbone_is_own = recipe.backbone in ("full", "top")
     if recipe.backbone == "lora":
-        model.backbone = _add_lora(model, tokenizer, recipe)
+        backbone = model.backbone = _add_lora(model, tokenizer, recipe)
     for name, parameter in model.head.named_parameters():
         parameter.requires_grad_(recipe.train_head or name.startswith("transform."))
     if recipe.gradient_checkpointing:
-        backbone: Any = model.backbone
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        backbone.gradient_checkpointing_enable(**checkpointing)
+    if recipe.compile:
+        compile_layers(backbone, device)
     return model, tokenizer
+
+
+def weight_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the backbone is read in: that of `precision` for weights that stay frozen, and where DeepSpeed
+    keeps the float32 masters itself; else float32. What is trained is float32 in either case."""
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    masters_elsewhere = (recipe.deepspeed or "").startswith("zero")
+    return half if recipe.backbone in ("lora", "frozen") or masters_elsewhere else torch.float32
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where the Trainer will put this process's model, so that weights are read there at once."""
+    device = resolve_device(recipe.device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device.type == "cuda" else device
 
 
 def _add_lora(model: LensModel, tokenizer: Any, recipe: Recipe) -> Any:
     present = {name.rpartition(".")[2] for name, _ in model.backbone.named_modules()}
     unknown = [name for name in recipe.lora_targets if name not in present]
-    if unknown:
+    every = recipe.lora_targets == ("all-linear",)
+    if unknown and not every:
         linear = {n.rpartition(".")[2] for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.Linear)}
         raise ValueError(
             f"lora_targets {', '.join(unknown)} do not occur in the backbone; its linear layers are "
-            f"{', '.join(sorted(linear))}"
+            f"{', '.join(sorted(linear))}: name some of these, or all-linear"
         )
     tokens = None
     if recipe.train_special_tokens and model.config.prompt == "lens":
@@ -330,10 +358,14 @@ def _add_lora(model: LensModel, tokenizer: Any, recipe: Recipe) -> Any:
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=list(recipe.lora_targets),
+        target_modules="all-linear" if every else list(recipe.lora_targets),
         trainable_token_indices=tokens,
     )
-    return get_peft_model(model.backbone, lora)
+    peft = get_peft_model(model.backbone, lora)
+    for parameter in peft.parameters():  # the rows of added tokens come in the backbone's dtype
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft
 
 
 def finish(model: LensModel, tokenizer: Any, recipe: Recipe, output: Path) -> None:
@@ -342,7 +374,7 @@ def finish(model: LensModel, tokenizer: Any, recipe: Recipe, output: Path) -> No
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     model.facts = Facts(recipe_facts(recipe.resolved()))
-    model.to("cpu").write(staged, tokenizer, recipe.include_backbone)
+    (model if recipe.quantization else model.to("cpu")).write(staged, tokenizer, recipe.include_backbone)
     for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG_FILE):
         file.replace(output / file.name)
     staged.rmdir()
