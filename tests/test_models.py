@@ -17,8 +17,8 @@ import lens.backbone
 from lens.attention import compile_layers, layer_lists
 from lens.backbone import check_attention, hidden_states, load_backbone
 from lens.text import SPECIAL_TOKENS
+from train.build import build
 from train.config import Recipe
-from train.run import build
 
 LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DECODER = {

@@ -16,8 +16,8 @@ import lens.files
 from lens.attention import probe_attention
 from lens.backbone import check_attention, hidden_states, load_backbone
 from lens.quantized import exact_rows, is_quantized, quantization_config
+from train.build import build
 from train.config import Recipe
-from train.run import build
 from train.run import main as train
 
 bitsandbytes = pytest.importorskip(

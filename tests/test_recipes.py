@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 from conftest import ROOT
+from train_helpers import log_of
 
+import lens
 from train.config import Recipe, load_recipe, parse_overrides
+from train.run import main as train
 
 NEEDED = {"base": "b", "data": ["d.jsonl"], "output": "o"}
 
@@ -94,3 +97,35 @@ def test_bad_recipe_files_and_arguments(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "train" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path):
     assert load_recipe(path, {**NEEDED, "clusters": "c"}).base == "b"
+
+
+def test_the_published_recipes_are_as_published():
+    folder = ROOT / "train" / "recipes"
+    large, small = (load_recipe(folder / f"lens-mistral-7b-{name}.yaml") for name in ("d8000", "d4000"))
+    assert (large.lora_r, large.lora_alpha, large.lora_dropout) == (32, 64, 0.1)
+    assert set(large.lora_targets) == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert (large.learning_rate, large.warmup_steps, large.epochs, large.temperature) == (1e-4, 100, 1, 0.02)
+    assert (large.batch_size_of("retrieval"), large.batch_size_of("symmetric_class")) == (512, 256)
+    assert (large.batch_size_of("only_1neg"), large.group_size_of("only_1neg"), large.group_size) == (512, 2, 8)
+    assert (large.pooling, large.bidirectional, large.normalize, large.train_head) == ("max", True, True, False)
+    assert (large.query_max_length, large.document_max_length) == (512, 512)
+    one, other = large.resolved(), small.resolved()
+    assert {name for name in one if one[name] != other[name]} == {"clusters", "output"}
+
+
+@pytest.mark.parametrize("name", ["lens-mistral-7b-d8000", "lens-mistral-7b-24gb", "lens-small-decoder"])
+def test_recipes_for_gpus_train_a_tiny_decoder(name, mistral, mistral_clusters, pairs, tmp_path):
+    if name == "lens-mistral-7b-24gb":
+        pytest.importorskip("bitsandbytes", reason="4-bit loading needs bitsandbytes")
+    changes = {
+        "base": mistral, "clusters": mistral_clusters, "data": pairs, "output": tmp_path / "run", "batch_size": 8,
+        "group_size": 3, "max_steps": 3, "save_steps": 2, "warmup_steps": 1, "mini_batch_tokens": 100, "device": "cpu",
+        "report_to": "[]", "logging_steps": 1,
+    }  # fmt: skip
+    path = ROOT / "train" / "recipes" / f"{name}.yaml"
+    assert train([str(path), *(str(part) for name, value in changes.items() for part in (f"--{name}", value))]) == 0
+    log = log_of(tmp_path / "run")
+    assert log[-1]["step"] == 3
+    assert all(row["grad_norm"] > 0 for row in log)
+    embeddings = lens.load(tmp_path / "run").encode_queries(["a query"], "Find the rest of the sentence.")
+    assert (embeddings > 0).any()

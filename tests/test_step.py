@@ -10,10 +10,10 @@ from conftest import SENTENCES
 
 from lens.text import TextProcessor
 from train import step
+from train.build import build
 from train.config import Recipe
 from train.data import Batches, Example
 from train.loss import contrastive_loss
-from train.run import build
 from train.sampler import Schedule
 from train.states import compute_states, keys_of
 from train.step import QueryPassageModel, cached_backward

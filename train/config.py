@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from lens.config import Pooling, Positions, Prompt, Transform, check_fields
+from train.fields import typed
 
 OWN_NEGATIVES_TYPES = ("symmetric_class", "symmetric_clustering")
 """Another query's passage may share this query's label, so only a query's own negatives count."""
@@ -185,7 +184,7 @@ class Recipe:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            object.__setattr__(self, item.name, _typed(item.name, getattr(self, item.name), hints[item.name]))
+            object.__setattr__(self, item.name, typed(item.name, getattr(self, item.name), hints[item.name]))
         at_least = {
             "group_size": 1, "batch_size": 1, "gradient_accumulation": 1, "top_layers": 1, "lora_r": 1,
             "lora_alpha": 1, "warmup_steps": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
@@ -297,73 +296,6 @@ class Recipe:
         """The recipe as plain values, for YAML and JSON."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, or ValueError naming the field, the value and what is accepted."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if typing.get_origin(option) is Literal and value in typing.get_args(option):
-            return value
-        if typing.get_origin(option) is tuple:
-            kind = typing.get_args(option)[0]
-            items = value if isinstance(value, list | tuple) else [value]
-            if kind is str and all(isinstance(entry, str) for entry in items):
-                return tuple(items)
-            if kind is float:
-                with contextlib.suppress(ValueError):
-                    return tuple(_typed(name, entry, float) for entry in items)
-        elif typing.get_origin(option) is dict:
-            sizes = _mapping(value)
-            if sizes is not None:
-                return sizes
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            if math.isfinite(value):
-                return float(value)
-        elif option is float and isinstance(value, str):
-            try:  # YAML 1.1 reads 1e-4 as a string
-                if math.isfinite(float(value)):
-                    return float(value)
-            except ValueError:
-                continue
-        elif option in (bool, int, str) and type(value) is option:
-            return value
-    raise ValueError(f"{name} must be {_accepted(options)}; found {value!r}")
-
-
-def _mapping(value: Any) -> dict[str, int] | None:
-    """Whole numbers by name, from a mapping or from NAME=NUMBER texts; None when it is neither."""
-    if not isinstance(value, Mapping):
-        items = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(item, str) and "=" in item for item in items):
-            return None
-        pairs = [item.partition("=") for item in items]
-        value = {name: int(number) if number.lstrip("-").isdecimal() else number for name, _, number in pairs}
-    sizes = dict(value)
-    return sizes if all(type(name) is str and type(size) is int for name, size in sizes.items()) else None
-
-
-def _accepted(options: Sequence[Any]) -> str:
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a finite number",
-        str: "a string",
-        type(None): "null",
-    }
-    texts = []
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            texts.append("one of " + ", ".join(map(str, typing.get_args(option))))
-        elif typing.get_origin(option) is dict:
-            texts.append("whole numbers by name ({NAME: NUMBER}, or NAME=NUMBER)")
-        elif option == tuple[float, ...]:
-            texts.append("a list of finite numbers")
-        else:
-            texts.append(names.get(option, "a list of strings"))
-    return " or ".join(texts)
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

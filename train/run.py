@@ -22,17 +22,15 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from filelock import FileLock, Timeout
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import TrainingArguments, set_seed
 
-from lens.attention import check_compiler, compile_layers
 from lens.backbone import resolve_device
 from lens.card import Facts, recipe_facts
 from lens.files import check_output, read_json, write_json
-from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel, build_model
-from lens.text import SPECIAL_TOKENS, TextProcessor
+from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel
+from lens.text import TextProcessor
+from train.build import build
 from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
 from train.config import Recipe, load_recipe, parse_overrides
 from train.data import Batches, TeacherEmbeddings
@@ -282,90 +280,6 @@ def check_stage(recipe: Recipe, stage: int) -> None:
         raise ValueError("backbone=top contradicts ZeRO stage 3: take zero2")
     if recipe.eval_data:
         raise ValueError("eval_data contradicts ZeRO stage 3: take zero2, or evaluate the finished model")
-
-
-def build(recipe: Recipe) -> tuple[LensModel, Any]:
-    """The model of a recipe with the parameters that it trains, and its tokenizer."""
-    settings: dict[str, Any] = {
-        name: getattr(recipe, name)
-        for name in (
-            "revision", "transform", "pooling", "positions", "prompt", "bidirectional", "normalize",
-            "query_max_length", "document_max_length",
-        )
-        if getattr(recipe, name) is not None
-    }  # fmt: skip
-    device = device_of(recipe)
-    if recipe.compile:
-        check_compiler(device)
-    model, tokenizer = build_model(
-        recipe.base,
-        recipe.clusters,
-        weight_dtype(recipe),
-        attn_implementation=recipe.attn_implementation,
-        whiten=recipe.whiten,
-        device=device,
-        quantization=recipe.quantization,
-        head_dtype=torch.float32,
-        **settings,
-    )
-    backbone: Any = model.backbone
-    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    if recipe.quantization is not None:  # norms and embeddings in float32, as QLoRA trains
-        prepare_model_for_kbit_training(backbone, recipe.gradient_checkpointing, **checkpointing)
-    backbone.requires_grad_(recipe.backbone == "full")
-    model.backbone_is_own = recipe.backbone in ("full", "top")
-    if recipe.backbone == "lora":
-        backbone = model.backbone = _add_lora(model, tokenizer, recipe)
-    for name, parameter in model.head.named_parameters():
-        parameter.requires_grad_(recipe.train_head or name.startswith("transform."))
-    if recipe.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable(**checkpointing)
-    if recipe.compile:
-        compile_layers(backbone, device)
-    return model, tokenizer
-
-
-def weight_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype that the backbone is read in: that of `precision` for weights that stay frozen, and where DeepSpeed
-    keeps the float32 masters itself; else float32. What is trained is float32 in either case."""
-    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    masters_elsewhere = (recipe.deepspeed or "").startswith("zero")
-    return half if recipe.backbone in ("lora", "frozen") or masters_elsewhere else torch.float32
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """Where the Trainer will put this process's model, so that weights are read there at once."""
-    device = resolve_device(recipe.device)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device.type == "cuda" else device
-
-
-def _add_lora(model: LensModel, tokenizer: Any, recipe: Recipe) -> Any:
-    present = {name.rpartition(".")[2] for name, _ in model.backbone.named_modules()}
-    unknown = [name for name in recipe.lora_targets if name not in present]
-    every = recipe.lora_targets == ("all-linear",)
-    if unknown and not every:
-        linear = {n.rpartition(".")[2] for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.Linear)}
-        raise ValueError(
-            f"lora_targets {', '.join(unknown)} do not occur in the backbone; its linear layers are "
-            f"{', '.join(sorted(linear))}: name some of these, or all-linear"
-        )
-    tokens = None
-    if recipe.train_special_tokens and model.config.prompt == "lens":
-        embedding: Any = model.backbone.get_input_embeddings()  # type: ignore[operator]
-        name = next(n for n, module in model.backbone.named_modules() if module is embedding).rpartition(".")[2]
-        tokens = {name: tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))}
-    lora = LoraConfig(
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules="all-linear" if every else list(recipe.lora_targets),
-        trainable_token_indices=tokens,
-    )
-    peft = get_peft_model(model.backbone, lora)
-    for parameter in peft.parameters():  # the rows of added tokens come in the backbone's dtype
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return peft
 
 
 def finish(model: LensModel, tokenizer: Any, recipe: Recipe, output: Path) -> None:
