@@ -290,6 +290,12 @@ def build(recipe: Recipe) -> tuple[LensModel, Any]:
         whiten=recipe.whiten,
         **settings,
     )
+    make_trainable(model, tokenizer, recipe)
+    return model, tokenizer
+
+
+def make_trainable(model: LensModel, tokenizer: Any, recipe: Recipe) -> None:
+    """Frees the parameters that a recipe trains, adding LoRA matrices where it says so, and freezes all others."""
     model.backbone.requires_grad_(recipe.backbone == "full")
     model.backbone_is_own = recipe.backbone in ("full", "top")
     if recipe.backbone == "lora":
@@ -299,7 +305,6 @@ def build(recipe: Recipe) -> tuple[LensModel, Any]:
     if recipe.gradient_checkpointing:
         backbone: Any = model.backbone
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, tokenizer
 
 
 def _add_lora(model: LensModel, tokenizer: Any, recipe: Recipe) -> Any:

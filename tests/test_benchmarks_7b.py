@@ -1,0 +1,121 @@
+"""benchmarks/train_7b.py on a toy shape: its FLOP formulas against torch's counter, its cases, its output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import train_7b
+from benchmarks.train_7b import SHAPES, Case, build, forward_flops, hardware_flops, recipe_of, texts, training_flops
+from lens.backbone import hidden_states
+from lens.text import TextProcessor
+from train.run import make_trainable
+
+CPU = torch.device("cpu")
+TINY = SHAPES["tiny"]
+
+
+def test_the_shape_is_mistral_7b() -> None:
+    shape = SHAPES["mistral-7b"]
+    assert shape.matrices == 7_241_732_096 - 2 * 32_000 * 4096 - 65 * 4096  # published total less embeddings and norms
+    assert shape.lora == 83_886_080  # what PEFT prints for r=32 on the seven maps
+    assert training_flops(shape) == pytest.approx(2 * forward_flops(shape, lora=False), rel=0.08)
+    assert hardware_flops(shape, Case("train")) > training_flops(shape)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_are_those_that_torch_counts(tmp_path: Path, checkpointing: bool) -> None:
+    case = Case("train", batch=2, checkpointing=checkpointing)
+    model, tokenizer = build(TINY, "bf16", CPU)
+    model.backbone.config._attn_implementation = "eager"  # sdpa's CPU kernel is not counted
+    make_trainable(model, tokenizer, recipe_of(case, TINY, tmp_path, 1, CPU))
+    model.train()
+    batch = (text := TextProcessor(tokenizer, model.config)).collate(text(texts(4, TINY)))
+    assert batch.attention_mask.all()
+    assert batch.input_ids.shape == (4, TINY.length)
+    head = 2 * TINY.clusters * TINY.width  # the head is counted apart: it sees pooled positions only
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        states = hidden_states(model.backbone, batch.input_ids, batch.attention_mask)
+    tokens = batch.input_ids.numel()
+    assert counter.get_total_flops() / tokens == pytest.approx(forward_flops(TINY, lora=True) - head, rel=0.01)
+    with FlopCounterMode(display=False) as backward:
+        states.float().sum().backward()
+    total = (counter.get_total_flops() + backward.get_total_flops()) / tokens
+    assert total == pytest.approx(hardware_flops(TINY, case) - head, rel=0.01)
+    with FlopCounterMode(display=False) as counter:
+        model.head(states.detach().to(torch.bfloat16), batch.pool_mask)
+    assert counter.get_total_flops() == head * int(batch.pool_mask.sum())
+
+
+@pytest.mark.parametrize("weights", ["bf16", "4bit"])
+def test_a_case_trains_and_encodes_on_the_real_path(weights: str) -> None:
+    if weights == "4bit":
+        pytest.importorskip("bitsandbytes")
+    found = train_7b.measure(Case("train", weights, 2), TINY, CPU, 2)
+    assert found["tokens"] == 2 * 4 * 32
+    assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["seconds"], rel=0.01)
+    found = train_7b.measure(Case("encode", weights, 4), TINY, CPU, 2)
+    assert found["tokens"] == 2 * 4 * 32
+
+
+def test_quantised_weights_stay_near_the_bf16_ones() -> None:
+    pytest.importorskip("bitsandbytes")
+    whole, tokenizer = build(TINY, "bf16", CPU)
+    small, _ = build(TINY, "4bit", CPU)
+    kinds = {type(module).__name__ for module in small.backbone.modules()}
+    assert "Linear4bit" in kinds
+    assert "Linear" not in kinds
+    batch = (text := TextProcessor(tokenizer, whole.config)).collate(text(texts(3, TINY)))
+    states = [hidden_states(m.backbone, batch.input_ids, batch.attention_mask).float() for m in (whole, small)]
+    near = torch.cosine_similarity(states[0], states[1], dim=-1)
+    assert near.min() > 0.9
+    assert near.max() < 0.99999
+
+
+def test_memory_that_does_not_suffice_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_7b, "train", full)
+    found = train_7b.measure(Case("train"), TINY, CPU, 1)
+    assert found["out_of_memory"] is True
+
+
+def test_output_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Case] = []
+    result = {"tokens": 4, "seconds": 1.0, "tokens_per_second": 4, "model_tflops": 50.0, "hardware_tflops": 60.0}
+
+    def run_case(case: Case, options: object) -> dict[str, object]:
+        ran.append(case)
+        if case.batch == 4:
+            return {"error": "broken"} if len(ran) < 5 else {"out_of_memory": True, "peak_gib": 1.0}
+        return {**result, "peak_gib": 1.5}
+
+    monkeypatch.setattr(train_7b, "run_case", run_case)
+    output, sheet = tmp_path / "out.json", tmp_path / "page.md"
+    arguments = ["--shape", "tiny", "--device", "cpu", "--batches", "2", "4", "--encode", "8", "--weights", "bf16"]
+    arguments += ["--peak", "100", "--output", str(output)]
+    assert train_7b.main(arguments) == 0
+    everything = train_7b.cases([2, 4], 36_864, [8], ["bf16"])
+    assert ran == everything
+    assert len(set(everything)) == len(everything) == 6
+    assert train_7b.main(arguments) == 0
+    assert ran[6:] == [everything[2]]  # what failed is tried again
+    assert [Case(**entry["case"]) for entry in json.loads(output.read_text())["cases"]].count(everything[0]) == 1
+    assert train_7b.main(["--page", "--output", str(output), "--results", str(sheet)]) == 0
+    text = sheet.read_text()
+    assert "| train | bf16 | 2 | no |  | 4 | 50.0% | 60.0% | 1.5 |" in text
+    assert "out of memory" in text
+
+
+def test_bad_values_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output", str(tmp_path / "out.json"), "--shape", "tiny"]
+    assert train_7b.main([*output, "--device", "cpu", "--batches", "0"]) == 2
+    assert "--batches must be at least 1, found [0]" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert train_7b.main(output) == 2
+        assert "'cuda'" in capsys.readouterr().err
