@@ -26,8 +26,8 @@ from lens.backbone import hidden_states
 from lens.text import TextProcessor
 from train.data import tokenize
 from train.states import compute_states
+from train.step import QueryPassageModel
 from train.top import TopLayers, layer_list
-from train.trainer import QueryPassageModel
 
 TEXTS = [*SENTENCES, "a", "", "one two " * 40, *(" ".join(SENTENCES)[:n] for n in range(20, 400, 7))]
 

@@ -108,6 +108,10 @@ class Recipe:
     """Gradients are clipped to this norm; 0 switches clipping off."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass."""
+    mini_batch_tokens: int | None = None
+    """Padded tokens of one forward pass: a batch is embedded in mini-batches of that size whose activations are
+    computed again in the backward pass (gradient caching), so that batch_size is not bound by memory. None: the whole
+    batch in two passes, queries and passages."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = 42
@@ -142,8 +146,8 @@ class Recipe:
         at_least = {
             "group_size": 1, "batch_size": 1, "gradient_accumulation": 1, "top_layers": 1, "lora_r": 1,
             "lora_alpha": 1, "warmup_steps": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
-            "workers": 0, "query_max_length": 4, "document_max_length": 4, "kd_weight": 0.0, "weight_decay": 0.0,
-            "max_grad_norm": 0.0,
+            "workers": 0, "mini_batch_tokens": 1, "query_max_length": 4, "document_max_length": 4, "kd_weight": 0.0,
+            "weight_decay": 0.0, "max_grad_norm": 0.0,
         }  # fmt: skip
         for name, limit in at_least.items():
             value = getattr(self, name)

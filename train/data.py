@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lens.files import read_jsonl, read_tensors
-from lens.text import TextProcessor, Tokens
+from lens.text import TextProcessor, Tokens, token_batches
 from train.sampler import Schedule
 
 # Legend: Q queries of one rank's share of a batch, P passages per query, T tokens of all texts, D hidden size.
+
+Key = tuple[str, Any, str | None]  # text, kind, instruction
 
 RETRIEVAL_TYPES = ("retrieval", "only_1neg")
 TYPES = (*RETRIEVAL_TYPES, "symmetric_sts", "symmetric_class", "symmetric_clustering")
@@ -175,6 +177,7 @@ class Batches(Dataset[dict[str, Any]]):
         world_size: int = 1,
         store: Any = None,
         teacher: TeacherEmbeddings | None = None,
+        mini_batch_tokens: int | None = None,
     ) -> None:
         if schedule.batch_size % world_size:
             raise ValueError(f"batch_size={schedule.batch_size} must be a multiple of the {world_size} ranks")
@@ -186,6 +189,7 @@ class Batches(Dataset[dict[str, Any]]):
         self.rank, self.world_size = rank, world_size
         self.store = store
         self.teacher = teacher
+        self.mini_batch_tokens = mini_batch_tokens
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -211,26 +215,44 @@ class Batches(Dataset[dict[str, Any]]):
                 self.teacher([group.example.query for group in groups]),
                 self.teacher([passage for group in groups for passage in group.passages]),
             )
+        queries = [(group.example.query, "query", group.example.prompt) for group in groups]
+        passages = [
+            (passage, "document", group.example.prompt if group.example.symmetric else None)
+            for group in groups
+            for passage in group.passages
+        ]
         return {
             "keys": _keys(groups),
             "teacher_vectors": vectors,  # ((Q, E), (Q*P, E)) or None
-            "queries": self._inputs([(group.example.query, "query", group.example.prompt) for group in groups]),
-            "passages": self._inputs(
-                [
-                    (passage, "document", group.example.prompt if group.example.symmetric else None)
-                    for group in groups
-                    for passage in group.passages
-                ]
-            ),
+            **self._texts(queries, passages),
             "teacher": teacher,  # (Q, P) or None
             "in_batch": not own_only,
         }
 
-    def _inputs(self, texts: list[tuple[str, Any, str | None]]) -> dict[str, Tensor]:
+    def _texts(self, queries: list[Key], passages: list[Key]) -> dict[str, Any]:
+        """`queries`, `passages` and `mini_batches` as QueryPassageModel takes them."""
+        if self.mini_batch_tokens is None:
+            return {"queries": self._inputs(queries), "passages": self._inputs(passages), "mini_batches": None}
+        texts = [*queries, *passages]
+        if self.store is not None:
+            parts = token_batches(self.store.lengths(texts), self.mini_batch_tokens)
+            inputs = [self.store.batch([texts[i] for i in part]) for part in parts]
+        else:
+            tokens = tokenize(self.text, texts)
+            parts = token_batches([len(item.ids) for item in tokens], self.mini_batch_tokens)
+            inputs = [self._padded([tokens[i] for i in part]) for part in parts]
+        places = torch.empty(len(texts), dtype=torch.long)
+        places[torch.tensor([i for part in parts for i in part])] = torch.arange(len(texts))
+        return {"queries": places[: len(queries)], "passages": places[len(queries) :], "mini_batches": inputs}
+
+    def _inputs(self, texts: list[Key]) -> dict[str, Tensor]:
         if self.store is not None:
             packed: dict[str, Tensor] = self.store.batch(texts)
             return packed
-        batch = self.text.collate(tokenize(self.text, texts))
+        return self._padded(tokenize(self.text, texts))
+
+    def _padded(self, tokens: list[Tokens]) -> dict[str, Tensor]:
+        batch = self.text.collate(tokens)
         return {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
@@ -238,7 +260,7 @@ class Batches(Dataset[dict[str, Any]]):
         }
 
 
-def tokenize(text: TextProcessor, texts: Sequence[tuple[str, Any, str | None]]) -> list[Tokens]:
+def tokenize(text: TextProcessor, texts: Sequence[Key]) -> list[Tokens]:
     """Tokens of (text, kind, instruction) triples, in order; texts that share kind and instruction go together."""
     tokens: list[Tokens | None] = [None] * len(texts)
     together: dict[tuple[Any, str | None], list[int]] = {}

@@ -9,6 +9,7 @@ Example: python train/run.py train/recipes/lens-mini.yaml --data pairs.jsonl --c
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import importlib.util
@@ -17,7 +18,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -126,7 +127,16 @@ def _train(recipe: Recipe, output: Path) -> None:
         with arguments.main_process_first(local=False):
             store = compute_states(model, text, keys_of(sources), output / STATES_FILE, top)
     batches = Batches(
-        sources, schedule, text, recipe.group_size, recipe.in_batch_negatives, rank, world_size, store, teacher
+        sources,
+        schedule,
+        text,
+        recipe.group_size,
+        recipe.in_batch_negatives,
+        rank,
+        world_size,
+        store,
+        teacher,
+        recipe.mini_batch_tokens,
     )
     trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top)
     checkpoint = next(reversed(whole_checkpoints(output)), None)
@@ -392,5 +402,19 @@ def _say(rank: int, message: str) -> None:
         print(message, flush=True)
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process; one of several ranks without the interpreter's own finalization.
+
+    Gloo's threads live on after destroy_process_group wherever a library still refers to a group, and one that then
+    asks for the lock of an interpreter that is going down aborts a process whose work is done.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(status)
+    atexit._run_exitfuncs()  # trackers and logging flush here
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

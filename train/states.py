@@ -20,12 +20,10 @@ from lens.backbone import hidden_states
 from lens.files import read_json, write_json
 from lens.model import LensModel
 from lens.text import TextProcessor, token_batches
-from train.data import Example, tokenize
+from train.data import Example, Key, tokenize
 from train.top import TopLayers
 
 # Legend: B texts, T kept tokens of all texts, D hidden size.
-
-Key = tuple[str, Any, str | None]  # text, kind, instruction
 
 
 def keys_of(sources: Sequence[Sequence[Example]]) -> list[Key]:
@@ -58,6 +56,12 @@ class HiddenStates:
         self.spans = spans
         self.path, self.shape = path, (int(self.offsets[-1]), width)
         self.states = np.memmap(path, dtype=np.float16, mode="r", shape=self.shape)
+
+    def lengths(self, texts: Sequence[Key]) -> list[int]:
+        """Stored positions of each text."""
+        rows = [self.index[key] for key in texts]
+        counts: list[int] = (self.offsets[np.array(rows) + 1] - self.offsets[rows]).tolist()
+        return counts
 
     def batch(self, texts: Sequence[Key]) -> dict[str, Tensor]:
         """Packed states (T, D) float32 of the texts, in order, and their offsets cu_seqlens (B+1,).

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -28,50 +26,12 @@ from lens.model import HEAD_FILE, LensModel, read_head
 from train.config import Recipe
 from train.data import Batches
 from train.loss import Loss, contrastive_loss
+from train.step import QueryPassageModel
 from train.top import TopLayers
 
 COMPLETE_FILE = "complete.json"  # the last file of a checkpoint; without it the checkpoint is not whole
 LOG_FILE = "training_log.jsonl"
 BACKBONE_FILE = "backbone.safetensors"
-
-
-class QueryPassageModel(nn.Module):
-    """One forward pass for queries and passages, so that data-parallel wrappers see one call a step."""
-
-    def __init__(self, model: LensModel, top: TopLayers | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.top = top
-
-    def forward(self, queries: dict[str, Tensor], passages: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Inputs of LensModel, or of `top`, for queries and passages -> their embeddings (Q, K) and (Q*P, K)."""
-        return self._embed(**queries), self._embed(**passages)
-
-    def train(self, mode: bool = True) -> QueryPassageModel:
-        """As nn.Module's; of a backbone whose last layers alone are trained, those alone leave eval mode."""
-        super().train(mode)
-        if self.top is not None:
-            self.top.train(mode)
-        return self
-
-    def _embed(self, below: Tensor | None = None, pooled: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        if below is not None:
-            assert self.top is not None
-            assert pooled is not None
-            ends = F.pad(pooled.cumsum(0), (1, 0))  # pooled positions before each position
-            hidden = self.top(below, inputs["cu_seqlens"])[pooled]
-            inputs = {"hidden": hidden, "cu_seqlens": ends[inputs["cu_seqlens"]]}
-        embeddings: Tensor = self.model(**inputs)
-        return embeddings
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's, but frozen parameters, which checkpoints leave out, may be missing."""
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        lost = [name for name in result.missing_keys if name not in frozen]
-        if strict and (lost or result.unexpected_keys):
-            raise RuntimeError(f"checkpoint lacks {lost[:5]}, has unknown {result.unexpected_keys[:5]}")
-        return result
 
 
 class LensTrainer(Trainer):
@@ -106,7 +66,7 @@ class LensTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        queries, passages = model(queries=inputs["queries"], passages=inputs["passages"])
+        queries, passages = model(inputs["queries"], inputs["passages"], inputs["mini_batches"])
         recipe = self.recipe
         loss = contrastive_loss(
             queries,
