@@ -113,15 +113,23 @@ class Case:
     checkpointing: bool = True
     """Whether layers are computed again in the backward pass (train)."""
     mini_batch_tokens: int | None = None
-    """Tokens per forward pass under gradient caching (train); None: the batch in one pass."""
+    """Tokens per forward pass under gradient caching (train); None: the batch at once."""
 
 
-def cases(batches: list[int], mini_batch_tokens: int, encode: list[int], weights: list[str]) -> list[Case]:
-    """All measurements: batch sizes with and without gradient caching for each kind of weights, then encoding."""
+def cases(
+    shape: Shape, batches: list[int], mini_batch_tokens: int, encode: list[int], weights: list[str]
+) -> list[Case]:
+    """All measurements: batch sizes with and without gradient caching for each kind of weights, then encoding.
+
+    Batches that fit into one mini-batch are left out of the former. Caching is also tried without computing layers
+    again, in mini-batches an eighth of the size: their activations are then kept for the short time that they need.
+    """
     found = [Case("train", "bf16", batches[0], False)] if "bf16" in weights else []
     for kind in weights:
-        for cached in (None, mini_batch_tokens):
-            found += [Case("train", kind, batch, True, cached) for batch in batches]
+        found += [Case("train", kind, batch) for batch in batches]
+        large = [batch for batch in batches if batch * (shape.passages + 1) * shape.length > mini_batch_tokens]
+        found += [Case("train", kind, batch, True, mini_batch_tokens) for batch in large]
+        found += [Case("train", kind, batch, False, max(mini_batch_tokens // 8, 1)) for batch in large[-1:]]
     return found + [Case("encode", kind, size) for kind in weights for size in encode]
 
 
@@ -242,11 +250,10 @@ def recipe_of(case: Case, shape: Shape, folder: Path, steps: int, device: torch.
         "warmup_steps": 0,
         "precision": "bf16",
         "gradient_checkpointing": case.checkpointing,
+        "mini_batch_tokens": case.mini_batch_tokens,
         "report_to": (),
         "device": device.type,
     }
-    if case.mini_batch_tokens is not None:
-        fields["mini_batch_tokens"] = case.mini_batch_tokens
     return Recipe(**fields)
 
 
@@ -262,7 +269,9 @@ def train(case: Case, shape: Shape, device: torch.device, steps: int) -> dict[st
         make_trainable(model, tokenizer, recipe)
         source = read_examples(recipe.data[0], recipe.group_size)
         schedule = make_schedule(recipe, [len(source)])
-        batches = Batches([source], schedule, TextProcessor(tokenizer, model.config), recipe.group_size)
+        text = TextProcessor(tokenizer, model.config)
+        budget = recipe.mini_batch_tokens
+        batches = Batches([source], schedule, text, recipe.group_size, mini_batch_tokens=budget)
         trainer = LensTrainer(model, tokenizer, batches, recipe, arguments)
         clock = Clock(device)
         trainer.add_callback(clock)
@@ -411,7 +420,7 @@ def main(arguments: list[str] | None = None) -> int:
         same = all(before.get(name) == content[name] for name in content)
         kept = [entry for entry in before.get("cases", []) if same and "error" not in entry["result"]]
         content["cases"] = kept
-        for case in cases(options.batches, options.mini_batch_tokens, options.encode, options.weights):
+        for case in cases(shape, options.batches, options.mini_batch_tokens, options.encode, options.weights):
             facts = dataclasses.asdict(case)
             if any(entry["case"] == facts for entry in kept):
                 continue

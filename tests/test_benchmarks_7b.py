@@ -10,10 +10,23 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train_7b
-from benchmarks.train_7b import SHAPES, Case, build, forward_flops, hardware_flops, recipe_of, texts, training_flops
+from benchmarks.train_7b import (
+    SHAPES,
+    Case,
+    build,
+    forward_flops,
+    hardware_flops,
+    recipe_of,
+    texts,
+    training_flops,
+    write_examples,
+)  # fmt: skip
 from lens.backbone import hidden_states
 from lens.text import TextProcessor
+from train.data import Batches, read_examples
 from train.run import make_trainable
+from train.sampler import Schedule
+from train.step import QueryPassageModel
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -27,28 +40,32 @@ def test_the_shape_is_mistral_7b() -> None:
     assert hardware_flops(shape, Case("train")) > training_flops(shape)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_are_those_that_torch_counts(tmp_path: Path, checkpointing: bool) -> None:
-    case = Case("train", batch=2, checkpointing=checkpointing)
+@pytest.mark.parametrize(("checkpointing", "cached"), [(False, None), (True, None), (False, 64), (True, 64)])
+def test_flops_are_those_that_torch_counts(tmp_path: Path, checkpointing: bool, cached: int | None) -> None:
+    case = Case("train", batch=2, checkpointing=checkpointing, mini_batch_tokens=cached)
     model, tokenizer = build(TINY, "bf16", CPU)
     model.backbone.config._attn_implementation = "eager"  # sdpa's CPU kernel is not counted
     make_trainable(model, tokenizer, recipe_of(case, TINY, tmp_path, 1, CPU))
     model.train()
-    batch = (text := TextProcessor(tokenizer, model.config)).collate(text(texts(4, TINY)))
-    assert batch.attention_mask.all()
-    assert batch.input_ids.shape == (4, TINY.length)
-    head = 2 * TINY.clusters * TINY.width  # the head is counted apart: it sees pooled positions only
+    text = TextProcessor(tokenizer, model.config)
+    write_examples(tmp_path / "train.jsonl", 2, TINY)
+    source = read_examples(tmp_path / "train.jsonl", TINY.passages)
+    batch = Batches([source], Schedule([2], 2, 0, 1), text, TINY.passages, mini_batch_tokens=cached)[0]
+    tokens = 2 * (TINY.passages + 1) * TINY.length
+    # The head sees pooled positions alone, and its backward pass is not counted: only active clusters have gradients.
+    pooled = sum(
+        int(part["pool_mask"].sum()) for part in batch["mini_batches"] or (batch["queries"], batch["passages"])
+    )
+    head = 2 * TINY.clusters * TINY.width
+    passes = 2 if cached else 1
+    expected = tokens * (hardware_flops(TINY, case) - passes * head) + passes * pooled * head
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-        states = hidden_states(model.backbone, batch.input_ids, batch.attention_mask)
-    tokens = batch.input_ids.numel()
-    assert counter.get_total_flops() / tokens == pytest.approx(forward_flops(TINY, lora=True) - head, rel=0.01)
+        queries, passages = QueryPassageModel(model)(batch["queries"], batch["passages"], batch["mini_batches"])
+    forward = tokens * (forward_flops(TINY, lora=True) - head) + pooled * head
+    assert counter.get_total_flops() == pytest.approx(forward, rel=0.01)
     with FlopCounterMode(display=False) as backward:
-        states.float().sum().backward()
-    total = (counter.get_total_flops() + backward.get_total_flops()) / tokens
-    assert total == pytest.approx(hardware_flops(TINY, case) - head, rel=0.01)
-    with FlopCounterMode(display=False) as counter:
-        model.head(states.detach().to(torch.bfloat16), batch.pool_mask)
-    assert counter.get_total_flops() == head * int(batch.pool_mask.sum())
+        (queries.sum() + passages.sum()).backward()
+    assert counter.get_total_flops() + backward.get_total_flops() == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "4bit"])
@@ -58,6 +75,8 @@ def test_a_case_trains_and_encodes_on_the_real_path(weights: str) -> None:
     found = train_7b.measure(Case("train", weights, 2), TINY, CPU, 2)
     assert found["tokens"] == 2 * 4 * 32
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["seconds"], rel=0.01)
+    cached = train_7b.measure(Case("train", weights, 2, False, 3 * 32), TINY, CPU, 2)
+    assert cached["tokens"] == found["tokens"]
     found = train_7b.measure(Case("encode", weights, 4), TINY, CPU, 2)
     assert found["tokens"] == 2 * 4 * 32
 
@@ -98,13 +117,13 @@ def test_output_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(train_7b, "run_case", run_case)
     output, sheet = tmp_path / "out.json", tmp_path / "page.md"
     arguments = ["--shape", "tiny", "--device", "cpu", "--batches", "2", "4", "--encode", "8", "--weights", "bf16"]
-    arguments += ["--peak", "100", "--output", str(output)]
+    arguments += ["--peak", "100", "--mini_batch_tokens", "256", "--output", str(output)]
     assert train_7b.main(arguments) == 0
-    everything = train_7b.cases([2, 4], 36_864, [8], ["bf16"])
+    everything = train_7b.cases(TINY, [2, 4], 256, [8], ["bf16"])
     assert ran == everything
     assert len(set(everything)) == len(everything) == 6
     assert train_7b.main(arguments) == 0
-    assert ran[6:] == [everything[2]]  # what failed is tried again
+    assert ran[6:] == everything[2:4]  # what failed is tried again
     assert [Case(**entry["case"]) for entry in json.loads(output.read_text())["cases"]].count(everything[0]) == 1
     assert train_7b.main(["--page", "--output", str(output), "--results", str(sheet)]) == 0
     text = sheet.read_text()
