@@ -209,6 +209,9 @@ def training(folder: Path, last: float = 0.25) -> dict[str, float]:
 def collect(work: Path, settings: Settings, seeds: int, variants: list[str], steps: Steps, note: str) -> dict[str, Any]:
     """All figures of a finished work folder."""
     first = read_json(work / "eval-0" / "results.json")
+    trained = {variant: [training(work / slug(variant, seed)) for seed in range(seeds)] for variant in variants}
+    # A training that was interrupted knows its seconds better than its last start does.
+    logged = {f"train {name} {seed}": run["seconds"] for name, runs in trained.items() for seed, run in enumerate(runs)}
     sizes = {name: {"documents": data["documents"]} for name, data in first["datasets"].items()}
     datasets = {"heldout": summarise(work, seeds, "heldout", settings.pairs)}
     datasets |= {name: summarise(work, seeds, name) for name in sizes if name != "heldout"}
@@ -219,9 +222,9 @@ def collect(work: Path, settings: Settings, seeds: int, variants: list[str], ste
             name: value for name, value in recipe(settings, work).items() if name not in ("base", "clusters", "data")
         },
         "base": read_json(work / "base" / "figures.json"),
-        "training": {variant: [training(work / slug(variant, seed)) for seed in range(seeds)] for variant in variants},
+        "training": trained,
         "datasets": {name: {**sizes[name], **figures} for name, figures in datasets.items()},
-        "seconds": steps.seconds,
+        "seconds": steps.seconds | logged,
         "machine": machine(),
         "versions": versions("lens-embeddings", "torch", "transformers", "peft", "tokenizers", "bm25s"),
     }
@@ -341,7 +344,8 @@ def main(arguments: list[str] | None = None) -> int:
             prepare(work, settings)
             variants = list(dict.fromkeys([LENS_NAME, *options.variants]))
             steps = run_steps(data, work, settings, options.seeds, variants, options.device)
-            note = options.note or ""
+            stored = read_json(options.output)["note"] if options.output.is_file() else ""
+            note = stored if options.note is None else options.note
             write_json(options.output, collect(work, settings, options.seeds, variants, steps, note))
         elif options.note is not None:
             write_json(options.output, {**read_json(options.output), "note": options.note})

@@ -56,7 +56,7 @@ class Settings:
     """Its peak learning rate."""
     k: int = 1000
     """Clusters of the vocabulary."""
-    steps: int = 120
+    steps: int = 80
     """Steps of contrastive training."""
     batch_size: int = 64
     """Queries per step."""

@@ -8,17 +8,7 @@ Nothing is downloaded: the backbone is made from its configuration, on the devic
 train/run.py's LoRA and settings, train/data.py's batches, LensTrainer and AdamW; encoding through LENS.encode. Every
 text fills its length of 512 tokens, queries too. Each case runs in its own process, so one that runs out of memory is
 recorded as such. Cases that the output already holds, measured on the same machine with the same versions, are kept.
-
-Model FLOPs of a token, for N weights in the layers' matrices, n in the LoRA matrices, L positions and a head of K
-centroids of width D:
-
-    forward   2 N + 2 n + 4 L D layers (attention) + 2 K D (head)
-    training  4 N + 6 n + 12 L D layers + 2 K D
-
-Frozen matrices need no gradient of their own, hence 4 N rather than 6 N; gradients reach the head's few active
-clusters alone and are not counted. Utilisation (MFU) is model FLOPs over time and the GPU's dense bf16 peak. Hardware
-FLOPs (HFU) add what is computed again: the layers' forward pass under gradient checkpointing, and a whole forward pass
-under gradient caching.
+The formulas of FLOPs stand in benchmarks/flops.py.
 """
 
 from __future__ import annotations
@@ -33,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +34,7 @@ from transformers import AutoModel, MistralConfig, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from benchmarks.decoder_base import Settings, make_tokenizer
+from benchmarks.flops import SHAPES, Case, Shape, forward_flops, hardware_flops, peak_of, training_flops
 from benchmarks.page import PAGE, RESULTS, listed, machine, versions, write_section
 from lens import LENS
 from lens.backbone import check_attention, resolve_device
@@ -59,61 +49,7 @@ from train.run import make_schedule, make_trainable, training_arguments
 from train.trainer import LensTrainer
 
 OUTPUT = RESULTS / "train_7b.json"
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
-"""Dense bf16 peaks by a part of the device's name, from the makers' data sheets (SXM boards)."""
 WORDS = ("river", "stone", "amber", "falcon", "copper", "violin", "meadow", "lantern", "harbour", "cedar", "marble")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Mistral and the texts that it is measured on. Lengths are in tokens."""
-
-    width: int
-    feed_forward: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    clusters: int
-    length: int
-    passages: int
-    """Passages per query."""
-    lora_r: int
-
-    @property
-    def matrices(self) -> int:
-        """N: weights in the layers' linear maps."""
-        keys = self.width // self.heads * self.kv_heads
-        return self.layers * (2 * self.width * (self.width + keys) + 3 * self.width * self.feed_forward)
-
-    @property
-    def lora(self) -> int:
-        """n: weights in the LoRA matrices of all seven maps."""
-        keys = self.width // self.heads * self.kv_heads
-        ends = 2 * 2 * self.width + 2 * (self.width + keys) + 3 * (self.width + self.feed_forward)
-        return self.layers * self.lora_r * ends
-
-
-SHAPES = {
-    "mistral-7b": Shape(4096, 14336, 32, 32, 8, 32000, 8000, 512, 8, 32),
-    "tiny": Shape(64, 128, 2, 4, 2, 400, 100, 32, 3, 4),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement: what runs, with which weights, on how much at a time."""
-
-    work: str
-    """train or encode."""
-    weights: str = "bf16"
-    """bf16 or 4bit."""
-    batch: int = 8
-    """Queries per step (train) or thousands of tokens per batch (encode)."""
-    checkpointing: bool = True
-    """Whether layers are computed again in the backward pass (train)."""
-    mini_batch_tokens: int | None = None
-    """Tokens per forward pass under gradient caching (train); None: the batch at once."""
 
 
 def cases(
@@ -131,27 +67,6 @@ def cases(
         found += [Case("train", kind, batch, True, mini_batch_tokens) for batch in large]
         found += [Case("train", kind, batch, False, max(mini_batch_tokens // 8, 1)) for batch in large[-1:]]
     return found + [Case("encode", kind, size) for kind in weights for size in encode]
-
-
-def forward_flops(shape: Shape, lora: bool) -> float:
-    """FLOPs of one token's forward pass, every position pooled."""
-    attention = 4 * shape.length * shape.width * shape.layers
-    weights = shape.matrices + (shape.lora if lora else 0)
-    return 2 * weights + attention + 2 * shape.clusters * shape.width
-
-
-def training_flops(shape: Shape) -> float:
-    """Model FLOPs of one token's forward and backward pass with LoRA."""
-    attention = 12 * shape.length * shape.width * shape.layers
-    return 4 * shape.matrices + 6 * shape.lora + attention + 2 * shape.clusters * shape.width
-
-
-def hardware_flops(shape: Shape, case: Case) -> float:
-    """FLOPs of one token with what is computed again."""
-    head = 2 * shape.clusters * shape.width
-    again = forward_flops(shape, lora=True) - head if case.checkpointing else 0.0
-    cached = forward_flops(shape, lora=True) if case.mini_batch_tokens else 0.0
-    return training_flops(shape) + again + cached
 
 
 def build(shape: Shape, weights: str, device: torch.device) -> tuple[LensModel, Any]:
@@ -218,6 +133,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def forget_peak(device: torch.device) -> None:
+    """Leaves out of the peak what building took: weights that are quantised afterwards are larger at first."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def texts(count: int, shape: Shape) -> list[str]:
     """Texts of more tokens than the length allows."""
     rng = random.Random(0)
@@ -267,6 +189,7 @@ def train(case: Case, shape: Shape, device: torch.device, steps: int) -> dict[st
         arguments.save_strategy = IntervalStrategy.NO
         model, tokenizer = build(shape, case.weights, device)
         make_trainable(model, tokenizer, recipe)
+        forget_peak(device)
         source = read_examples(recipe.data[0], recipe.group_size)
         schedule = make_schedule(recipe, [len(source)])
         text = TextProcessor(tokenizer, model.config)
@@ -284,6 +207,7 @@ def train(case: Case, shape: Shape, device: torch.device, steps: int) -> dict[st
 def encode(case: Case, shape: Shape, device: torch.device, steps: int) -> dict[str, Any]:
     """Median seconds of LENS.encode on `steps` batches of texts, tokenisation and transfers included."""
     model, tokenizer = build(shape, case.weights, device)
+    forget_peak(device)
     encoder = LENS(model, tokenizer, device)
     budget = case.batch * 1024 if shape.length == 512 else case.batch * shape.length
     documents = texts(steps * max(budget // shape.length, 1), shape)
@@ -334,11 +258,6 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return {"error": " ".join(done.stderr.strip().splitlines()[-1:])[:400] or f"exit status {done.returncode}"}
 
 
-def peak_of(name: str, given: float | None) -> float | None:
-    """Dense bf16 peak in TFLOP/s, given or by the device's name."""
-    return given or next((float(peak) for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
 def row(entry: dict[str, Any], peak: float | None) -> str:
     """One line of the page's table."""
     case, found = entry["case"], entry["result"]
@@ -368,8 +287,8 @@ def page(content: dict[str, Any]) -> list[str]:
         "",
         f"Random weights of the true shape ({shape.matrices / 1e9:.2f} billion in the layers' matrices), "
         f"{shape.clusters:,} centroids, LoRA r={shape.lora_r} on all seven maps, {shape.passages} passages a query, "
-        f"every text of {shape.length} tokens. Dense bf16 peak: {peak_text}. The formulas of MFU and HFU stand at the "
-        "head of the program; `again`: layers computed again in the backward pass; `cache`: tokens per forward pass "
+        f"every text of {shape.length} tokens. Dense bf16 peak: {peak_text}. The formulas of MFU and HFU stand in "
+        "`benchmarks/flops.py`; `again`: layers computed again in the backward pass; `cache`: tokens per forward pass "
         "under gradient caching.",
         "",
         "| | weights | queries | again | cache | tokens/s | MFU | HFU | peak GiB |",

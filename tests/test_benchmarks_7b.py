@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,17 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train_7b
-from benchmarks.train_7b import (
-    SHAPES,
-    Case,
-    build,
-    forward_flops,
-    hardware_flops,
-    recipe_of,
-    texts,
-    training_flops,
-    write_examples,
-)  # fmt: skip
+from benchmarks.flops import SHAPES, Case, forward_flops, hardware_flops, training_flops
+from benchmarks.train_7b import build, recipe_of, texts, write_examples
 from lens.backbone import hidden_states
 from lens.text import TextProcessor
 from train.data import Batches, read_examples
@@ -93,6 +85,13 @@ def test_quantised_weights_stay_near_the_bf16_ones() -> None:
     near = torch.cosine_similarity(states[0], states[1], dim=-1)
     assert near.min() > 0.9
     assert near.max() < 0.99999
+
+
+def test_a_case_in_its_own_process_reports_its_figures() -> None:
+    options = argparse.Namespace(shape="tiny", device="cpu", steps=1)
+    found = train_7b.run_case(Case("encode", batch=2), options)
+    assert found["tokens"] == 2 * TINY.length
+    assert found["model_tflops"] <= found["tokens_per_second"] * forward_flops(TINY, lora=False) / 1e12 + 1e-3
 
 
 def test_memory_that_does_not_suffice_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
