@@ -3,8 +3,8 @@
     python benchmarks/retrieval.py --quickstart runs/quickstart --beir DIR [DIR ...]
 
 Takes the quick start's own evaluation of its held-out part, runs eval/run.py on each further folder with the same
-model, and BM25 with and without stems; writes benchmarks/results/retrieval.json and, from it, docs/results.md.
-`--page` writes the page only.
+model, and BM25 with and without stems; writes benchmarks/results/retrieval.json and, from it, a section of
+docs/results.md. `--page` writes the section only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lens.files import atomic_file, read_json, write_json
+from benchmarks.page import RESULTS as FOLDER
+from benchmarks.page import ROOT, write_section
+from lens.files import read_json, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "retrieval.json"
-PAGE = ROOT / "docs" / "results.md"
+RESULTS = FOLDER / "retrieval.json"
 PLACES = ("base", "data", "output", "clusters", "teacher_embeddings", "inputs")  # paths say nothing elsewhere
 SHOWN = ("nDCG@10", "RR@10", "R@100")
 
@@ -108,15 +108,13 @@ def verdict(heldout: dict[str, Any]) -> str:
     return sentence
 
 
-def page(content: dict[str, Any]) -> str:
-    """docs/results.md."""
+def page(content: dict[str, Any]) -> list[str]:
+    """The section of docs/results.md."""
     report = content["quickstart"]
     heldout = content["heldout"]
     total = sum(report["seconds"].values())
     ratio = heldout["systems"]["LENS"]["nDCG@10"] / heldout["systems"]["dense"]["nDCG@10"]
     lines = [
-        "# Results",
-        "",
         "Written by `benchmarks/retrieval.py` from `benchmarks/results/retrieval.json`; do not edit.",
         "",
         f"Machine: {', '.join(f'{k} {v}' for k, v in content['machine'].items())}. "
@@ -171,7 +169,7 @@ def page(content: dict[str, Any]) -> str:
         "| stems | " + " | ".join(f"{d['systems']['bm25']['nDCG@10']:.3f}" for d in content["others"].values()) + " |",
         "| plain words | " + " | ".join(f"{d['nDCG@10']:.3f}" for d in content["bm25_plain_words"].values()) + " |",
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -179,7 +177,7 @@ def main() -> None:
     parser.add_argument("--quickstart", type=Path, help="finished output folder of scripts/quickstart.sh")
     parser.add_argument("--beir", type=Path, nargs="+", help="further folders in BEIR layout, with a test split")
     parser.add_argument("--note", default="", help="a sentence for the page: how often this part was looked at before")
-    parser.add_argument("--page", action="store_true", help="write docs/results.md from the stored figures, no more")
+    parser.add_argument("--page", action="store_true", help="write the section from the stored figures, no more")
     options = parser.parse_args()
     if not options.page:
         if not options.quickstart or not options.beir:
@@ -187,8 +185,7 @@ def main() -> None:
         folders = [folder.resolve() for folder in options.beir]
         write_json(RESULTS, collect(options.quickstart.resolve(), folders, options.note))
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
-    with atomic_file(PAGE, overwrite=True) as temporary:
-        temporary.write_text(page(content), encoding="utf-8")
+    write_section("retrieval", page(content))
 
 
 if __name__ == "__main__":
