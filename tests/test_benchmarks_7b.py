@@ -15,9 +15,10 @@ from benchmarks.flops import SHAPES, Case, forward_flops, hardware_flops, traini
 from benchmarks.train_7b import build, recipe_of, texts, write_examples
 from lens.backbone import hidden_states
 from lens.text import TextProcessor
-from train.data import Batches, read_examples
-from train.run import make_trainable
+from train.build import make_trainable
+from train.data import Batches
 from train.sampler import Schedule
+from train.sources import read_examples
 from train.step import QueryPassageModel
 
 CPU = torch.device("cpu")
