@@ -35,6 +35,7 @@ from benchmarks.decoder_base import Settings, make_pairs, need_data, pretrain
 from benchmarks.page import PAGE, RESULTS, ROOT, listed, machine, p_value, versions, write_section
 from eval.metrics import compare
 from lens.files import atomic_folder, read_json, write_json
+from train.progress import LOG_FILE, read_log
 
 OUTPUT = RESULTS / "decoder.json"
 LENS_NAME = "bidirectional max"
@@ -194,7 +195,7 @@ def summarise(work: Path, seeds: int, dataset: str, sets: tuple[str, ...] = ()) 
 
 def training(folder: Path, last: float = 0.25) -> dict[str, float]:
     """In-batch accuracy at the start and over the last quarter of a run, and its last loss, activity and seconds."""
-    rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in read_log(folder / LOG_FILE) if "accuracy" in row]
     tail = rows[-max(round(len(rows) * last), 1) :]
     return {
         "accuracy_at_start": round(rows[0]["accuracy"], 4),

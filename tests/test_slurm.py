@@ -16,7 +16,7 @@ from conftest import ROOT, SENTENCES, row, write_rows
 
 import lens
 from train.run import main as train
-from train.trainer import read_log
+from train.progress import read_log
 
 SCRIPT = ROOT / "scripts" / "slurm.sh"
 HEADS = {
