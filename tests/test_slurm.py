@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, SENTENCES, row, write_rows
 
 import lens
-from train.run import main as train
 from train.progress import read_log
+from train.run import main as train
 
 SCRIPT = ROOT / "scripts" / "slurm.sh"
 HEADS = {
