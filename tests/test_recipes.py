@@ -120,6 +120,7 @@ def test_recipes_for_gpus_train_a_tiny_decoder(name, mistral, mistral_clusters, 
     changes = {
         "base": mistral, "clusters": mistral_clusters, "data": pairs, "output": tmp_path / "run", "batch_size": 8,
         "group_size": 3, "max_steps": 3, "save_steps": 2, "warmup_steps": 1, "mini_batch_tokens": 100, "device": "cpu",
+        "deepspeed": "null",
         "report_to": "[]", "logging_steps": 1,
     }  # fmt: skip
     path = ROOT / "train" / "recipes" / f"{name}.yaml"
