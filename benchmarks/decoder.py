@@ -252,7 +252,9 @@ def page(content: dict[str, Any]) -> list[str]:
         f"vocabulary in {settings['k']:,} clusters; then LoRA for {settings['steps']} steps of "
         f"{settings['batch_size']} queries x {settings['group_size']} passages, centroids frozen. All variants share "
         f"data, batches, steps and seeds; figures are means over {seeds} seeds, each seed in brackets. In-batch "
-        "accuracy is over the last quarter of the steps, on batches not seen before. Passages are cut to "
+        "accuracy is over the last quarter of the steps, on batches not seen before; guessing gives "
+        f"{1 / (settings['batch_size'] * settings['group_size']):.3f}. `untrained` is {LENS_NAME} before training, "
+        "`dense` the mean of the decoder's hidden states as they come. Passages are cut to "
         f"{settings['passage_characters']} characters for every system.",
         "",
         f"Held-out part: {heldout['queries']:,} queries over {heldout['documents']:,} passages, none of whose "
