@@ -213,10 +213,10 @@ def _metric(measure: str) -> str:
 
 
 def _about(config: LensConfig) -> str:
-    what = "a cluster of tokens" if config.head == "clusters" else "a token of the vocabulary"
+    what = {"clusters": ", each one a cluster of tokens", "vocabulary": ", each one a token of the vocabulary"}
     rows = {
         "backbone": f"`{public(config.base)}`" + (f" at `{config.revision}`" if config.revision else ""),
-        "dimensions": f"{config.dimensions:,}, each one {what}",
+        "dimensions": f"{config.dimensions:,}{what.get(config.head, ', of a dense embedding')}",
         "attention": "bidirectional" if config.bidirectional else "causal",
         "pooling": f"{config.pooling} over {config.positions} positions",
         "similarity": "cosine (embeddings are L2-normalised)" if config.normalize else "inner product",

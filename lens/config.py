@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 FORMAT_VERSION = 1
 
 Architecture = Literal["decoder", "encoder"]
-Head = Literal["clusters", "vocabulary"]
+Head = Literal["clusters", "vocabulary", "dense"]
 Transform = Literal["none", "mlm", "residual", "context"]
 Pooling = Literal["max", "sum", "last"]
 Positions = Literal["shifted", "content", "all"]
@@ -32,7 +32,8 @@ class LensConfig:
     bidirectional: bool = True
     """Whether a decoder's causal mask is lifted (LENS) or kept (the paper's ablation)."""
     head: Head = "clusters"
-    """`clusters`: centroids of the vocabulary; `vocabulary`: the LM head's own rows, as in SPLADE."""
+    """`clusters`: centroids of the vocabulary; `vocabulary`: the LM head's own rows, as in SPLADE; `dense`: none, the
+    embedding is the hidden state of the last pooled position (the paper's dense ablation)."""
     dimensions: int = 0
     """K, the number of embedding dimensions."""
     hidden_size: int = 0
@@ -85,6 +86,14 @@ class LensConfig:
                 f"hidden_size must be at least 1 and dimensions at least 2; found {self.hidden_size} "
                 f"and {self.dimensions}"
             )
+        if self.head == "dense":
+            other = {"pooling": self.pooling != "last", "transform": self.transform != "none", "bias": self.bias}
+            for field in (field for field, contradicts in other.items() if contradicts):
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} contradicts head='dense', which takes the last position's state"
+                )
+            if self.dimensions != self.hidden_size:
+                raise ValueError(f"dimensions must be hidden_size={self.hidden_size} with head='dense'")
         if self.architecture == "encoder":
             if not self.bidirectional:
                 raise ValueError("bidirectional=False contradicts architecture='encoder': encoders have no causal mask")

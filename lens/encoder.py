@@ -201,16 +201,28 @@ class LENS:
         return np.asarray(to_dense(queries) @ to_dense(documents).T, dtype=np.float32)
 
     def terms(self, embedding: Any, k: int = 10) -> list[tuple[int, list[str], float]]:
-        """The k heaviest clusters of one embedding (K,) or of one text, as (cluster, tokens, weight)."""
+        """The k heaviest clusters of one embedding (K,) or of one text, as (cluster, tokens, weight).
+
+        Raises ValueError for a dense model, which has none.
+        """
+        self._check_lexical()
         if isinstance(embedding, str):
             seen = self.token_ids(embedding)
             return terms(self._vector(embedding, "document", None), self.tokens, k, seen)
         return terms(self._vector(embedding, "document", None), self.tokens, k)
 
     def explain(self, query: Any, document: Any, k: int | None = 10, instruction: str | None = None) -> Explanation:
-        """Which clusters matched between a query and a document (texts, or embeddings (K,)) and each one's share."""
+        """Which clusters matched between a query and a document (texts, or embeddings (K,)) and each one's share.
+
+        Raises ValueError for a dense model, which has none.
+        """
+        self._check_lexical()
         vectors = self._vector(query, "query", instruction), self._vector(document, "document", None)
         return explain(*vectors, self.tokens, k, self.token_ids(query, document))
+
+    def _check_lexical(self) -> None:
+        if self.config.head == "dense":
+            raise ValueError("a model with head='dense' has no clusters: its dimensions cannot be read")
 
     def token_ids(self, *texts: Any) -> frozenset[int]:
         """Ids of all tokens in those of `texts` that are strings; explanations name these tokens first."""

@@ -114,6 +114,14 @@ def _last(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None)
     return pooled.masked_scatter(filled[:, None], activate(F.linear(rows[ends], weight, bias)))  # (B, K)
 
 
+def last_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The last row of each text, packed rows (T, D) with offsets (B+1,) -> (B, D); zeros for texts without rows."""
+    filled = cu_seqlens.diff() > 0
+    ends = (cu_seqlens[1:] - 1)[filled]
+    empty = rows.new_zeros(len(filled), rows.shape[1])
+    return empty.masked_scatter(filled[:, None], rows[ends])
+
+
 def _column_chunks(rows: int, columns: int) -> list[slice]:
     width = max(_CHUNK_ELEMENTS // max(rows, 1), 64)
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
@@ -261,7 +269,8 @@ class ContextTransform(nn.Module):
 class LexicalHead(nn.Module):
     """The clustered (or full vocabulary) head: optional transform, centroids (K, D), optional bias (K,), pooling.
 
-    `labels` (V,) int32 holds the cluster of every token id, -1 for tokens in none.
+    `labels` (V,) int32 holds the cluster of every token id, -1 for tokens in none. The dense ablation has no
+    centroids: `weight` is (0, D), and the last pooled state (D,) is the embedding.
     """
 
     labels: Tensor
@@ -271,7 +280,8 @@ class LexicalHead(nn.Module):
         self.pooling = config.pooling
         self.normalize = config.normalize
         self.backend: Backend = "auto"
-        self.weight = nn.Parameter(torch.empty(config.dimensions, config.hidden_size))
+        self.dense = config.head == "dense"
+        self.weight = nn.Parameter(torch.empty(0 if self.dense else config.dimensions, config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.dimensions)) if config.bias else None
         self.transform: nn.Module = NoTransform()
         if config.transform == "mlm":
@@ -290,7 +300,10 @@ class LexicalHead(nn.Module):
             mask = mask.bool()
             hidden, cu_seqlens = hidden[mask], F.pad(mask.sum(1).cumsum(0), (1, 0))
         states = self.transform(hidden, cu_seqlens)
-        pooled = lexical_pool(
-            states, self.weight, self.bias, cu_seqlens=cu_seqlens, pooling=self.pooling, backend=self.backend
-        )
+        if self.dense:
+            pooled = last_rows(states, cu_seqlens).float()
+        else:
+            pooled = lexical_pool(
+                states, self.weight, self.bias, cu_seqlens=cu_seqlens, pooling=self.pooling, backend=self.backend
+            )
         return F.normalize(pooled, dim=-1) if self.normalize else pooled

@@ -297,6 +297,8 @@ def build_model(
     `whiten` evens out the centroids, see `whitened`, for backbones that no LM head was trained on. `device` and
     `quantization` are those of `load_backbone`; `head_dtype` is the head's dtype where it is not `dtype`.
 
+    With head="dense" (and pooling="last") there is no head, see LensConfig.
+
     `settings` are LensConfig fields; what is not given follows from the backbone: decoders take the lens prompt (the
     three special tokens are added) and shifted positions, encoders the plain prompt and content positions.
     """
@@ -311,19 +313,24 @@ def build_model(
     known = [field.name for field in dataclasses.fields(LensConfig)]
     check_fields(settings, known, "model settings")
     derived = [name for name in ("architecture", "head", "dimensions", "hidden_size") if name in settings]
-    if derived:
+    dense = settings.get("head") == "dense"
+    if dense and clusters is not None:
+        raise ValueError(f"head='dense' contradicts clusters={os.fspath(clusters)!r}: leave the clusters out")
+    if derived and not (dense and derived == ["head"]):
         raise ValueError(f"{', '.join(derived)} follow from backbone and clusters and cannot be set")
     facts = {**defaults, **settings, "base": base, "architecture": architecture}
     if clusters is not None:  # read before the backbone, so that a bad folder costs nothing
         facts["head"] = "clusters"
         centroids, labels = read_clusters(Path(clusters))
         facts["dimensions"], facts["hidden_size"] = centroids.shape
+    elif dense:
+        facts["head"] = "dense"
     elif whiten:
         raise ValueError("whiten=True contradicts the full vocabulary head: give clusters, or leave the head as it is")
     else:
         facts["head"] = "vocabulary"
     tokenizer = load_tokenizer(base, revision)
-    if quantization is not None and clusters is None and architecture == "encoder":
+    if quantization is not None and clusters is None and not dense and architecture == "encoder":
         raise ValueError("quantization contradicts the MLM head of an encoder, which would be quantised too")
     backbone, wrapper, missing = load_backbone(
         base,
@@ -331,13 +338,17 @@ def build_model(
         facts.get("bidirectional", True),
         dtype,
         attn_implementation,
-        with_head=clusters is None,
+        with_head=clusters is None and not dense,
         device=device,
         quantization=quantization,
     )
     if wrapper is not None:
         state, facts = read_vocabulary_head(wrapper, missing, facts)
         labels = torch.arange(facts["dimensions"], dtype=torch.int32)
+    elif dense:
+        width = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        facts |= {"dimensions": width, "hidden_size": width}
+        state, labels = {}, torch.full((backbone.get_input_embeddings().weight.shape[0],), -1, dtype=torch.int32)  # type: ignore[operator]
     else:
         state = {"weight": centroids}
         if whiten and centroids.shape[1] == backbone.config.hidden_size:  # type: ignore[union-attr]
@@ -358,7 +369,7 @@ def build_model(
     config = LensConfig.from_dict(facts)
     head = LexicalHead(config, labels)
     head.load_state_dict({**head.state_dict(), **state})
-    vocabulary = backbone_vocabulary if clusters is not None else len(labels)
+    vocabulary = len(labels) if clusters is None else backbone_vocabulary
     model = LensModel(backbone, head.to(device=device, dtype=head_dtype or dtype), config)
     if len(labels) != vocabulary:
         raise ValueError(

@@ -306,3 +306,23 @@ def test_another_recipe_does_not_continue_a_run(empty, bert, bert_clusters, pair
     assert "temperature: 0.1 -> 0.3" in capsys.readouterr().err
     after = weights_of(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_dense_ablation_takes_the_last_state(empty, mistral, pairs, tmp_path, capsys):
+    dense = {**LORA, "head": "dense", "pooling": "last", "positions": "all", "train_head": "false"}
+    arguments = settings(mistral, "null", pairs, tmp_path / "run", **dense)
+    assert train([empty, *arguments]) == 0
+    log = log_of(tmp_path / "run")
+    assert log[-1]["contrastive"] < log[0]["contrastive"]
+    model = lens.load(tmp_path / "run")
+    found = model.encode([*SENTENCES, ""])
+    assert found.shape == (len(SENTENCES) + 1, model.config.hidden_size)
+    for text, embedding in zip(SENTENCES, found, strict=False):
+        ids = torch.tensor([model.text([text], "document")[0].ids])
+        with torch.no_grad():
+            state = model.model.backbone(ids, torch.ones_like(ids)).last_hidden_state[0, -1]  # of EOS
+        np.testing.assert_allclose(embedding, state / state.norm(), atol=1e-5)
+    with pytest.raises(ValueError, match="has no clusters"):
+        model.terms(found[0])
+    assert train([empty, *arguments, "--pooling", "max"]) == 2
+    assert 'pooling=max contradicts head=dense: set it to "last"' in capsys.readouterr().err

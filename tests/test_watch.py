@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SENTENCES, write_rows
-from train_helpers import LORA, log_of, settings
+from train_helpers import LORA, free_port, log_of, settings
 
 import lens
 from lens.search.exact import search
@@ -132,7 +132,7 @@ def test_two_ranks_evaluate_like_one(model, folder, tmp_path):
         "dist.destroy_process_group()\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "model"), str(folder)]
-    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
     ranks = [
         subprocess.Popen(
             command, env={**os.environ, **ports, "RANK": str(rank)}, cwd=ROOT, stdout=subprocess.PIPE, text=True

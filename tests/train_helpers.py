@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +38,26 @@ def weights_of(output):
     return {f"{path.name}:{name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
+def free_port():
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def deepspeed(empty, arguments, ranks, timeout=540):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_accelerators", str(ranks), "train/run.py", empty, *arguments]
+    command = [
+        str(launcher),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "train/run.py",
+        empty,
+        *arguments,
+    ]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=timeout,

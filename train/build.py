@@ -26,6 +26,8 @@ def build(recipe: Recipe) -> tuple[LensModel, Any]:
         )
         if getattr(recipe, name) is not None
     }  # fmt: skip
+    if recipe.head == "dense":
+        settings["head"] = "dense"
     device = device_of(recipe)
     if recipe.compile:
         check_compiler(device)

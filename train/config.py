@@ -48,6 +48,9 @@ class Recipe:
     shuffle_buffer: int = 4096
     """Rows that are shuffled together and held in memory, of every data set, when streaming."""
 
+    head: Literal["lexical", "dense"] = "lexical"
+    """`dense` is the paper's ablation: no head, the embedding is the state at the last pooled position; goes with
+    clusters=null and pooling=last, and with positions=all that position is EOS."""
     whiten: bool = False
     """Whether the centroids are whitened before training: for sentence encoders, which have no LM head."""
     transform: Transform | None = None
@@ -219,6 +222,14 @@ class Recipe:
                 raise ValueError("gradient_checkpointing contradicts backbone=frozen: there is nothing to recompute")
         if self.top_layers != 1 and self.backbone != "top":
             raise ValueError(f"top_layers={self.top_layers} contradicts backbone={self.backbone}: it goes with top")
+        if self.head == "dense":
+            for name, wanted in {"clusters": None, "pooling": "last", "transform": None, "train_head": False}.items():
+                if getattr(self, name) != wanted:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} contradicts head=dense: set it to {json.dumps(wanted)}"
+                    )
+            if self.backbone == "frozen":
+                raise ValueError("backbone=frozen contradicts head=dense: nothing is trained")
         if self.whiten and self.clusters is None:
             raise ValueError("whiten=true contradicts the full vocabulary head: give clusters, or whiten: false")
         if self.quantization is not None and self.backbone not in ("lora", "frozen"):

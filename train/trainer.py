@@ -120,7 +120,7 @@ class LensTrainer(Trainer):
             figures = self.watch.figures()
             logs.update(figures)
             logs["temperature"] = self.recipe.temperature
-            if figures and self.state.global_step > self.recipe.warmup_steps:
+            if figures and self.recipe.head == "lexical" and self.state.global_step > self.recipe.warmup_steps:
                 for warning in self.watch.warnings(figures):
                     self.progress.say(f"warning: step {self.state.global_step}: {warning}")
         if not all(math.isfinite(value) for value in logs.values() if isinstance(value, float)):
