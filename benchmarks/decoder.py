@@ -35,6 +35,7 @@ from benchmarks.decoder_base import Settings, make_pairs, need_data, pretrain
 from benchmarks.page import PAGE, RESULTS, ROOT, listed, machine, p_value, versions, write_section
 from eval.metrics import compare
 from lens.files import atomic_folder, read_json, write_json
+from train.progress import LOG_FILE, read_log
 
 OUTPUT = RESULTS / "decoder.json"
 LENS_NAME = "bidirectional max"
@@ -194,7 +195,7 @@ def summarise(work: Path, seeds: int, dataset: str, sets: tuple[str, ...] = ()) 
 
 def training(folder: Path, last: float = 0.25) -> dict[str, float]:
     """In-batch accuracy at the start and over the last quarter of a run, and its last loss, activity and seconds."""
-    rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in read_log(folder / LOG_FILE) if "accuracy" in row]
     tail = rows[-max(round(len(rows) * last), 1) :]
     return {
         "accuracy_at_start": round(rows[0]["accuracy"], 4),
@@ -251,7 +252,9 @@ def page(content: dict[str, Any]) -> list[str]:
         f"vocabulary in {settings['k']:,} clusters; then LoRA for {settings['steps']} steps of "
         f"{settings['batch_size']} queries x {settings['group_size']} passages, centroids frozen. All variants share "
         f"data, batches, steps and seeds; figures are means over {seeds} seeds, each seed in brackets. In-batch "
-        "accuracy is over the last quarter of the steps, on batches not seen before. Passages are cut to "
+        "accuracy is over the last quarter of the steps, on batches not seen before; guessing gives "
+        f"{1 / (settings['batch_size'] * settings['group_size']):.3f}. `untrained` is {LENS_NAME} before training, "
+        "`dense` the mean of the decoder's hidden states as they come. Passages are cut to "
         f"{settings['passage_characters']} characters for every system.",
         "",
         f"Held-out part: {heldout['queries']:,} queries over {heldout['documents']:,} passages, none of whose "

@@ -70,6 +70,8 @@ class Case:
     """Whether layers are computed again in the backward pass (train)."""
     mini_batch_tokens: int | None = None
     """Tokens per forward pass under gradient caching (train); None: the batch at once."""
+    compiled: bool = False
+    """Whether torch compiles the layers."""
 
 
 def forward_flops(shape: Shape, lora: bool) -> float:

@@ -4,8 +4,9 @@
     python benchmarks/train_7b.py --shape tiny --device cpu --output FILE.json       # the same path at toy size
     python benchmarks/train_7b.py --page                # the section of docs/results.md from the stored figures only
 
-Nothing is downloaded: the backbone is made from its configuration, on the device, in bf16. Training goes through
-train/run.py's LoRA and settings, train/data.py's batches, LensTrainer and AdamW; encoding through LENS.encode. Every
+Nothing is downloaded: the backbone is made from its configuration, on the device, in bf16. Training is that of
+train/recipes/lens-mistral-7b-d8000.yaml on one GPU, through train/build.py, LensTrainer and AdamW; encoding goes
+through LENS.encode. Every
 text fills its length of 512 tokens, queries too. Each case runs in its own process, so one that runs out of memory is
 recorded as such. Cases that the output already holds, measured on the same machine with the same versions, are kept.
 The formulas of FLOPs stand in benchmarks/flops.py.
@@ -29,50 +30,64 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
 from transformers import AutoModel, MistralConfig, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from benchmarks.decoder_base import Settings, make_tokenizer
 from benchmarks.flops import SHAPES, Case, Shape, forward_flops, hardware_flops, peak_of, training_flops
-from benchmarks.page import PAGE, RESULTS, listed, machine, versions, write_section
+from benchmarks.page import PAGE, RESULTS, ROOT, listed, machine, versions, write_section
 from lens import LENS
+from lens.attention import compile_layers
 from lens.backbone import check_attention, resolve_device
 from lens.config import LensConfig
 from lens.files import read_json, write_json
 from lens.head import LexicalHead
 from lens.model import LensModel
+from lens.quantized import keep_differentiable, quantization_config
 from lens.text import TextProcessor, add_special_tokens
 from train.build import make_trainable
-from train.config import Recipe
+from train.config import Recipe, load_recipe
 from train.data import Batches
 from train.run import training_arguments
 from train.sources import make_schedule, read_sources
 from train.trainer import LensTrainer
 
 OUTPUT = RESULTS / "train_7b.json"
+RECIPE = ROOT / "train" / "recipes" / "lens-mistral-7b-d8000.yaml"
 WORDS = ("river", "stone", "amber", "falcon", "copper", "violin", "meadow", "lantern", "harbour", "cedar", "marble")
 
 
 def cases(
-    shape: Shape, batches: list[int], mini_batch_tokens: int, encode: list[int], weights: list[str]
+    shape: Shape,
+    batches: list[int],
+    mini_batch_tokens: list[int],
+    encode: list[int],
+    weights: list[str],
+    compiled: bool,
 ) -> list[Case]:
     """All measurements: batch sizes with and without gradient caching for each kind of weights, then encoding.
 
-    Batches that fit into one mini-batch are left out of the former. Caching is also tried without computing layers
-    again, in mini-batches an eighth of the size: their activations are then kept for the short time that they need.
+    Either layers are computed again one by one (gradient checkpointing) or mini-batches are (gradient caching), as the
+    recipe does it; the largest batch is also tried with both, as the recipe for 24 GB does. A mini-batch that holds the
+    whole batch is no caching and left out.
     """
-    found = [Case("train", "bf16", batches[0], False)] if "bf16" in weights else []
+    found = [Case("train", "bf16", batches[0], False, None, compiled)] if "bf16" in weights else []
     for kind in weights:
-        found += [Case("train", kind, batch) for batch in batches]
-        large = [batch for batch in batches if batch * (shape.passages + 1) * shape.length > mini_batch_tokens]
-        found += [Case("train", kind, batch, True, mini_batch_tokens) for batch in large]
-        found += [Case("train", kind, batch, False, max(mini_batch_tokens // 8, 1)) for batch in large[-1:]]
-    return found + [Case("encode", kind, size) for kind in weights for size in encode]
+        found += [Case("train", kind, batch, True, None, compiled) for batch in batches]
+        for tokens in mini_batch_tokens:
+            large = [batch for batch in batches if batch * (shape.passages + 1) * shape.length > tokens]
+            found += [Case("train", kind, batch, False, tokens, compiled) for batch in large]
+            found += [Case("train", kind, batch, True, tokens, compiled) for batch in large[-1:]]
+    return found + [Case("encode", kind, size, False, None, compiled) for kind in weights for size in encode]
 
 
-def build(shape: Shape, weights: str, device: torch.device) -> tuple[LensModel, Any]:
-    """A LensModel with random weights made on the device in bf16, and a tokenizer whose every word is known."""
+def build(
+    shape: Shape, weights: str, device: torch.device, head_dtype: torch.dtype = torch.bfloat16
+) -> tuple[LensModel, Any]:
+    """A LensModel with random weights made on the device in bf16, and a tokenizer whose every word is known.
+
+    4-bit layers come about as in lens/backbone.py, by transformers while it takes up the weights.
+    """
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=shape.vocabulary,
@@ -86,9 +101,17 @@ def build(shape: Shape, weights: str, device: torch.device) -> tuple[LensModel, 
     )
     with device:
         backbone: Any = AutoModel.from_config(config, dtype=torch.bfloat16)
-    check_attention(backbone, bidirectional=True)
     if weights == "4bit":
-        quantise(backbone, device)
+        backbone = type(backbone).from_pretrained(
+            None,
+            config=config,
+            state_dict=backbone.state_dict(),
+            dtype=torch.bfloat16,
+            quantization_config=quantization_config("4bit", torch.bfloat16),
+            device_map={"": device},
+        )
+        keep_differentiable(backbone)
+    check_attention(backbone, bidirectional=True)
     tokenizer = make_tokenizer([" ".join(WORDS)], Settings(vocabulary=300))
     add_special_tokens(tokenizer)
     facts = LensConfig(
@@ -99,22 +122,8 @@ def build(shape: Shape, weights: str, device: torch.device) -> tuple[LensModel, 
         document_max_length=shape.length,
     )
     with device:
-        head = LexicalHead(facts, torch.arange(shape.vocabulary) % shape.clusters).to(torch.bfloat16)
+        head = LexicalHead(facts, torch.arange(shape.vocabulary) % shape.clusters).to(head_dtype)
     return LensModel(backbone, head, facts), tokenizer
-
-
-def quantise(backbone: Any, device: torch.device) -> None:
-    """Puts the layers' matrices into 4 bits (NF4, double quantisation) in place."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for module in list(backbone.modules()):
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Linear):
-                with torch.device("meta"):
-                    small = Linear4bit(layer.in_features, layer.out_features, False, torch.bfloat16, True, "nf4")
-                small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-                setattr(module, name, small.to(device))
-    backbone.is_loaded_in_4bit = True  # by which PEFT chooses its LoRA layer
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -159,26 +168,30 @@ def write_examples(path: Path, count: int, shape: Shape) -> None:
 
 
 def recipe_of(case: Case, shape: Shape, folder: Path, steps: int, device: torch.device) -> Recipe:
-    """The published recipe (arXiv 2501.09749, section 4) at this batch size."""
-    fields: dict[str, Any] = {
+    """The recipe of LENS-d8000 for one GPU, at this batch size."""
+    changes: dict[str, Any] = {
         "base": "random",
-        "data": (str(folder / "train.jsonl"),),
-        "output": str(folder / "run"),
         "clusters": "random",
-        "backbone": "lora",
+        "data": str(folder / "train.jsonl"),
+        "output": str(folder / "run"),
+        "query_max_length": shape.length,
+        "document_max_length": shape.length,
         "lora_r": shape.lora_r,
         "lora_alpha": 2 * shape.lora_r,
         "group_size": shape.passages,
         "batch_size": case.batch,
+        "type_batch_size": None,
         "max_steps": steps,
         "warmup_steps": 0,
-        "precision": "bf16",
+        "deepspeed": None,
         "gradient_checkpointing": case.checkpointing,
         "mini_batch_tokens": case.mini_batch_tokens,
-        "report_to": (),
+        "quantization": "4bit" if case.weights == "4bit" else None,
+        "compile": case.compiled,
+        "report_to": [],
         "device": device.type,
     }
-    return Recipe(**fields)
+    return load_recipe(RECIPE, changes)
 
 
 def train(case: Case, shape: Shape, device: torch.device, steps: int) -> dict[str, Any]:
@@ -189,8 +202,10 @@ def train(case: Case, shape: Shape, device: torch.device, steps: int) -> dict[st
         recipe = recipe_of(case, shape, folder, steps + 1, device)
         arguments = training_arguments(recipe, 1)
         arguments.save_strategy = IntervalStrategy.NO
-        model, tokenizer = build(shape, case.weights, device)
+        model, tokenizer = build(shape, case.weights, device, torch.float32)
         make_trainable(model, tokenizer, recipe)
+        if case.compiled:
+            compile_layers(model.backbone, device)
         forget_peak(device)
         sources = read_sources(recipe)
         schedule = make_schedule(recipe, sources)
@@ -210,7 +225,7 @@ def encode(case: Case, shape: Shape, device: torch.device, steps: int) -> dict[s
     """Median seconds of LENS.encode on `steps` batches of texts, tokenisation and transfers included."""
     model, tokenizer = build(shape, case.weights, device)
     forget_peak(device)
-    encoder = LENS(model, tokenizer, device)
+    encoder = LENS(model, tokenizer, device, case.compiled)
     budget = case.batch * 1024 if shape.length == 512 else case.batch * shape.length
     documents = texts(steps * max(budget // shape.length, 1), shape)
     seconds = []
@@ -265,8 +280,9 @@ def row(entry: dict[str, Any], peak: float | None) -> str:
     case, found = entry["case"], entry["result"]
     cached = case["mini_batch_tokens"] or ""
     again = "" if case["work"] == "encode" else ("yes" if case["checkpointing"] else "no")
-    size = f"{case['batch']}" if case["work"] == "train" else ""
-    head = f"| {case['work']} | {case['weights']} | {size} | {again} | {cached} "
+    size = f"{case['batch']}" if case["work"] == "train" else f"{case['batch']}k tokens"
+    compiled = "yes" if case["compiled"] else ""
+    head = f"| {case['work']} | {case['weights']} | {size} | {again} | {cached} | {compiled} "
     if "tokens_per_second" not in found:
         return (
             head
@@ -290,11 +306,11 @@ def page(content: dict[str, Any]) -> list[str]:
         f"Random weights of the true shape ({shape.matrices / 1e9:.2f} billion in the layers' matrices), "
         f"{shape.clusters:,} centroids, LoRA r={shape.lora_r} on all seven maps, {shape.passages} passages a query, "
         f"every text of {shape.length} tokens. Dense bf16 peak: {peak_text}. The formulas of MFU and HFU stand in "
-        "`benchmarks/flops.py`; `again`: layers computed again in the backward pass; `cache`: tokens per forward pass "
-        "under gradient caching.",
+        "`benchmarks/flops.py`. `size`: queries per step, or tokens per batch; `again`: layers computed again one by "
+        "one in the backward pass (gradient checkpointing); `cache`: tokens per forward pass under gradient caching.",
         "",
-        "| | weights | queries | again | cache | tokens/s | MFU | HFU | peak GiB |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| | weights | size | again | cache | compiled | tokens/s | MFU | HFU | peak GiB |",
+        "| --- | --- | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |",
         *(row(entry, peak) for entry in content["cases"]),
     ]
 
@@ -306,9 +322,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 8, 32, 64], help="queries per training step")
-    parser.add_argument("--mini_batch_tokens", type=int, default=36_864, help="of gradient caching (%(default)s)")
+    parser.add_argument(
+        "--mini_batch_tokens",
+        type=int,
+        nargs="*",
+        default=[4096, 8192],
+        help="of gradient caching (4096, the recipe's)",
+    )
     parser.add_argument("--encode", type=int, nargs="*", default=[8, 32, 64], help="units of 1,024 tokens per batch")
     parser.add_argument("--weights", nargs="+", choices=("bf16", "4bit"), default=["bf16", "4bit"])
+    parser.add_argument("--compile", action="store_true", help="compile the layers in every case")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a case, after one that is not (3)")
     parser.add_argument("--peak", type=float, help="dense bf16 peak of the device in TFLOP/s (default: by its name)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write")
@@ -341,7 +364,8 @@ def main(arguments: list[str] | None = None) -> int:
         same = all(before.get(name) == content[name] for name in content)
         kept = [entry for entry in before.get("cases", []) if same and "error" not in entry["result"]]
         content["cases"] = kept
-        for case in cases(shape, options.batches, options.mini_batch_tokens, options.encode, options.weights):
+        mini = options.mini_batch_tokens
+        for case in cases(shape, options.batches, mini, options.encode, options.weights, options.compile):
             facts = dataclasses.asdict(case)
             if any(entry["case"] == facts for entry in kept):
                 continue

@@ -17,8 +17,7 @@ from lens.backbone import hidden_states
 from lens.text import TextProcessor
 from train.build import make_trainable
 from train.data import Batches
-from train.sampler import Schedule
-from train.sources import read_examples
+from train.sources import make_schedule, read_sources
 from train.step import QueryPassageModel
 
 CPU = torch.device("cpu")
@@ -36,14 +35,14 @@ def test_the_shape_is_mistral_7b() -> None:
 @pytest.mark.parametrize(("checkpointing", "cached"), [(False, None), (True, None), (False, 64), (True, 64)])
 def test_flops_are_those_that_torch_counts(tmp_path: Path, checkpointing: bool, cached: int | None) -> None:
     case = Case("train", batch=2, checkpointing=checkpointing, mini_batch_tokens=cached)
+    write_examples(tmp_path / "train.jsonl", 2, TINY)
+    recipe = recipe_of(case, TINY, tmp_path, 1, CPU)
     model, tokenizer = build(TINY, "bf16", CPU)
     model.backbone.config._attn_implementation = "eager"  # sdpa's CPU kernel is not counted
-    make_trainable(model, tokenizer, recipe_of(case, TINY, tmp_path, 1, CPU))
+    make_trainable(model, tokenizer, recipe)
     model.train()
-    text = TextProcessor(tokenizer, model.config)
-    write_examples(tmp_path / "train.jsonl", 2, TINY)
-    source = read_examples(tmp_path / "train.jsonl", TINY.passages)
-    batch = Batches([source], Schedule([2], 2, 0, 1), text, TINY.passages, mini_batch_tokens=cached)[0]
+    sources, text = read_sources(recipe), TextProcessor(tokenizer, model.config)
+    batch = Batches(sources, make_schedule(recipe, sources), text, TINY.passages, mini_batch_tokens=cached)[0]
     tokens = 2 * (TINY.passages + 1) * TINY.length
     # The head sees pooled positions alone, and its backward pass is not counted: only active clusters have gradients.
     pooled = sum(
@@ -119,7 +118,7 @@ def test_output_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     arguments = ["--shape", "tiny", "--device", "cpu", "--batches", "2", "4", "--encode", "8", "--weights", "bf16"]
     arguments += ["--peak", "100", "--mini_batch_tokens", "256", "--output", str(output)]
     assert train_7b.main(arguments) == 0
-    everything = train_7b.cases(TINY, [2, 4], 256, [8], ["bf16"])
+    everything = train_7b.cases(TINY, [2, 4], [256], [8], ["bf16"], False)
     assert ran == everything
     assert len(set(everything)) == len(everything) == 6
     assert train_7b.main(arguments) == 0
@@ -127,7 +126,7 @@ def test_output_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert [Case(**entry["case"]) for entry in json.loads(output.read_text())["cases"]].count(everything[0]) == 1
     assert train_7b.main(["--page", "--output", str(output), "--results", str(sheet)]) == 0
     text = sheet.read_text()
-    assert "| train | bf16 | 2 | no |  | 4 | 50.0% | 60.0% | 1.5 |" in text
+    assert "| train | bf16 | 2 | no |  |  | 4 | 50.0% | 60.0% | 1.5 |" in text
     assert "out of memory" in text
 
 
