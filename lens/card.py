@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -97,6 +98,8 @@ def result_facts(path: str | os.PathLike[str], system: str | None = None) -> dic
             other: {key: value for key, value in facts.items() if "@" in key and isinstance(value, int | float)}
             for other, facts in systems.items()
         }
+        if not all(math.isfinite(value) for values in means.values() for value in values.values()):
+            raise ValueError(f"{path}: datasets.{name} holds a measure that is not finite")
         models |= dict.fromkeys(n for n, facts in systems.items() if n not in BASELINES and not facts.get("parts"))
         datasets[name] = {"queries": entry.get("queries"), "documents": entry.get("documents"), "systems": means}
     if system is None and len(models) != 1:

@@ -108,6 +108,12 @@ class LensModel(nn.Module):
         FileExistsError unless `overwrite`, and ValueError when quantised weights would be written.
         """
         self._check_writable(include_backbone)
+        kept = sorted(entry.name for entry in Path(path).glob("*") if entry.is_dir() or entry.name == "recipe.json")
+        if overwrite and kept:
+            raise FileExistsError(
+                f"{path} holds more than a model ({', '.join(kept[:4])}), which overwriting would delete: choose "
+                "another folder"
+            )
         with atomic_folder(path, overwrite, CONFIG_FILE) as folder:
             self.write(folder, tokenizer, include_backbone)
 

@@ -6,6 +6,7 @@ Pruning needs no Matryoshka training: embeddings are sparse and each dimension s
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +53,10 @@ def check_top_k(top_k: int) -> None:
 
 def check_dims(dims: Sequence[int], dimensions: int) -> list[int]:
     """Returns `dims` as a list; raises ValueError unless they are distinct columns of `dimensions`."""
-    columns = [int(column) for column in dims]
+    try:
+        columns = [operator.index(column) for column in dims]
+    except TypeError as error:
+        raise ValueError(f"dims must be whole numbers, found {list(dims)[:5]}") from error
     if not columns or len(set(columns)) != len(columns) or min(columns) < 0 or max(columns) >= dimensions:
         raise ValueError(f"dims must be distinct columns from 0 to {dimensions - 1}, at least one of them")
     return columns

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from train_helpers import LORA, log_of, settings, weights_of
 
+import lens
 from train.checkpoints import whole_checkpoints
-from train.progress import LOG_FILE, read_log
+from train.progress import LOG_FILE, Stopping, read_log
 from train.run import main as train
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and limits as on Linux")
@@ -101,6 +104,51 @@ def test_sigterm_saves_and_ends_in_order(whole, empty, mistral, mistral_clusters
     assert_same_end(whole, tmp_path / "run")
 
 
+def test_sigterm_to_all_processes_of_a_run_with_workers(empty, mistral, mistral_clusters, pairs, tmp_path):
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", **LORA, **STEPS, workers=1)
+    process = start(empty, arguments, start_new_session=True)
+    wait_for_step(tmp_path / "run", 3, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun and DeepSpeed's launcher do
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "stopped by SIGTERM after step" in out
+
+
+def test_sigterm_while_ranks_agree_counts_at_the_next_step(monkeypatch):
+    stopping = Stopping()
+    state, control = SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace(should_training_stop=False)
+    arguments = SimpleNamespace(device="cpu")
+    stopping.on_train_begin(arguments, state, control)
+    monkeypatch.setattr("train.progress.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("train.progress.dist.all_reduce", lambda *_: stopping._receive(signal.SIGTERM, None))
+    stopping.on_step_end(arguments, state, control)
+    assert not control.should_training_stop  # other ranks did not know of it
+    monkeypatch.setattr("train.progress.dist.all_reduce", lambda *_: None)
+    stopping.on_step_end(arguments, state, control)
+    assert control.should_training_stop
+
+
+def test_changed_save_and_log_steps_hold_after_a_restart(empty, mistral, mistral_clusters, pairs, tmp_path):
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", **LORA)
+    assert train([empty, *arguments]) == 0
+    (tmp_path / "run" / "lens.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    assert train([empty, *arguments, "--save_steps", "1", "--logging_steps", "2", "--save_total_limit", "9"]) == 0
+    assert {path.name for path in whole_checkpoints(tmp_path / "run")} == {f"checkpoint-{n}" for n in (4, 5, 6)}
+    assert [row["step"] for row in log_of(tmp_path / "run")] == [1, 2, 3, 4, 6]
+
+
+def test_overwriting_with_a_model_deletes_no_run(empty, mistral, mistral_clusters, pairs, tmp_path):
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", **LORA)
+    assert train([empty, *arguments]) == 0
+    model = lens.load(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="holds more than a model .*checkpoint-4"):
+        model.save(tmp_path / "run", overwrite=True)
+    assert whole_checkpoints(tmp_path / "run")
+    model.save(tmp_path / "copy")
+    model.save(tmp_path / "copy", overwrite=True)
+
+
 def test_sigterm_before_the_first_step(empty, mistral, mistral_clusters, pairs, tmp_path):
     arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", **LORA, **STEPS)
     process = start(empty, arguments)
@@ -131,6 +179,6 @@ def test_a_full_disk_costs_no_finished_checkpoint(empty, mistral, mistral_cluste
     assert not (tmp_path / "run" / "checkpoint-2").exists()
     capsys.readouterr()
     assert train([empty, *arguments]) == 0
-    assert "no whole checkpoint" not in capsys.readouterr().err
+    assert "no whole checkpoint" not in capsys.readouterr().out  # nothing of the failed one is left
     for name, tensor in weights_of(tmp_path / "whole").items():
         assert torch.equal(tensor, weights_of(tmp_path / "run")[name]), name

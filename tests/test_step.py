@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SENTENCES
+from torch.utils._pytree import tree_map
 
 from lens.text import TextProcessor
 from train import step
@@ -55,7 +58,7 @@ def _step_of(monkeypatch, folder, clusters, budget, autocast=False, caching="che
     batch = Batches([data], Schedule([6], 6, 1, 1), text, 3, mini_batch_tokens=budget)[0]
     wrapped = QueryPassageModel(model).train()
     if caching == "none":
-        monkeypatch.setattr(step, "checkpoint", lambda function, use_reentrant, **inputs: function(**inputs))
+        monkeypatch.setattr(step, "checkpoint", lambda function, inputs, use_reentrant: function(inputs))
     torch.manual_seed(5)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         if caching == "passes":
@@ -133,6 +136,24 @@ def test_cached_equals_uncached_on_stored_states(bert, bert_clusters, tmp_path):
         loss.total.backward()
         found.append((loss, {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.requires_grad}))
     assert_same(*found, 1e-4)
+
+
+def test_random_numbers_of_the_device_are_kept_for_the_second_pass(step_of, mistral, mistral_clusters, monkeypatch):
+    """torch finds the devices whose random numbers it saves by the tensors among a checkpoint's arguments."""
+    seen = []
+    found = torch.utils.checkpoint.get_device_states
+
+    def spy(*arguments):
+        tree_map(lambda item: seen.append(item) if isinstance(item, torch.Tensor) else None, arguments)
+        return found(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.checkpoint, "_infer_device_type", lambda *_: "cuda")
+        patch.setattr(torch.utils.checkpoint, "_get_device_module", lambda *_: SimpleNamespace(_initialized=True))
+        patch.setattr(torch.utils.checkpoint, "get_device_states", spy)
+        with contextlib.suppress(Exception):  # there is no such device here
+            step_of(mistral, mistral_clusters, 60, **LORA)
+    assert len(seen) >= 3  # ids, attention mask, pool mask
 
 
 def test_a_batch_keeps_no_activations_of_its_mini_batches(step_of, mistral, mistral_clusters):

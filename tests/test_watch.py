@@ -19,7 +19,7 @@ from train.evaluate import evaluate, read_evaluation
 from train.loss import Loss
 from train.run import main as train
 from train.step import QueryPassageModel
-from train.watch import Watch, maxima_at_ends, sample_of
+from train.watch import Watch, maxima_at_ends
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_figures_and_warnings(model):
     passages = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 2.0]])
     inputs = {"passages": inputs_of(model), "mini_batches": None}
     for _ in range(2):
-        watch.count(loss, queries, passages, sample_of(inputs))
+        watch.count(loss, queries, passages, inputs)
     figures = watch.figures()
     assert watch.model.training  # as it was
     assert figures["contrastive"] == 2.0
@@ -151,4 +151,7 @@ def test_bad_evaluation_folders_are_named_first(empty, mistral, mistral_clusters
     assert "absent is not a folder" in capsys.readouterr().err
     assert train([empty, *arguments, "--eval_data", str(folder), str(folder)]) == 2
     assert "two folders called halves" in capsys.readouterr().err
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t0\n")
+    assert train([empty, *arguments, "--eval_data", str(folder)]) == 2
+    assert "no judgement is above 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from lens.backbone import resolve_device
 from lens.model import LensModel, build_model
 from lens.text import SPECIAL_TOKENS
 from train.config import Recipe
-from train.parallel import deepspeed_config, stage_of
+from train.parallel import CONFIGURATIONS, deepspeed_config, stage_of
 
 
 def build(recipe: Recipe) -> tuple[LensModel, Any]:
@@ -29,6 +29,8 @@ def build(recipe: Recipe) -> tuple[LensModel, Any]:
     if recipe.head == "dense":
         settings["head"] = "dense"
     device = device_of(recipe)
+    if recipe.attn_implementation == "flex_attention" and device.type == "cpu":
+        raise ValueError("attn_implementation=flex_attention cannot train on the CPU: use sdpa")
     if recipe.compile:
         check_compiler(device)
     model, tokenizer = build_model(
@@ -68,7 +70,7 @@ def weight_dtype(recipe: Recipe) -> torch.dtype:
     """The dtype that the backbone is read in: that of `precision` for weights that stay frozen, and where DeepSpeed
     keeps the float32 masters itself; else float32. What is trained is float32 in either case."""
     half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    masters_elsewhere = (recipe.deepspeed or "").startswith("zero")
+    masters_elsewhere = recipe.deepspeed in CONFIGURATIONS
     return half if recipe.backbone in ("lora", "frozen") or masters_elsewhere else torch.float32
 
 

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from lens.corpus import Beir, read_beir
 from lens.encoder import LENS
-from lens.files import require
+from lens.files import read_json, require
 from lens.search.exact import search
 
 MEASURE = "nDCG@10"
+EVALUATION_FILE = "evaluation.json"
 _DEPTH = 10
 
 
@@ -22,6 +23,9 @@ def read_evaluation(paths: Sequence[str]) -> list[Beir]:
     """The data sets of an evaluation; raises FileNotFoundError and ValueError, also for two of one name."""
     require("train", "ir_measures")
     found = [read_beir(path) for path in paths]
+    for path, data in zip(paths, found, strict=True):
+        if not any(score > 0 for judged in data.qrels.values() for score in judged.values()):
+            raise ValueError(f"{path}: no judgement is above 0: nothing can be measured")
     names = [data.name for data in found]
     for name in names:
         if names.count(name) > 1:
@@ -69,3 +73,11 @@ def _ndcg(model: LENS, data: Beir, instruction: str | None) -> float:
 def best_folder(output: Path) -> Path:
     """Where the best model by evaluation is kept."""
     return output / "best"
+
+
+def best_so_far(output: Path) -> dict[str, Any] | None:
+    """The evaluation of the best model: its values, `step` and `instruction`; None before the first."""
+    try:
+        return read_json(best_folder(output) / EVALUATION_FILE)
+    except FileNotFoundError:
+        return None

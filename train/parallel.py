@@ -44,17 +44,23 @@ def deepspeed_config(name: str) -> dict[str, Any]:
     require("train", "deepspeed")
     if name not in _ZERO:
         try:
-            return read_json(name)
+            config = read_json(name)
         except FileNotFoundError as error:
             names = ", ".join(CONFIGURATIONS)
             raise FileNotFoundError(f"deepspeed: {name} is neither a file nor one of {names}") from error
+        zero = config.get("zero_optimization")
+        if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+            raise ValueError(
+                f"deepspeed: {name}: zero_optimization must be an object with a stage from 0 to 3, found {zero}"
+            )
+        return config
     # The optimizer is torch's, so that its parameter groups hold; DeepSpeed's own would have to be compiled.
     return {"zero_optimization": copy.deepcopy(_ZERO[name]), "zero_force_ds_cpu_optimizer": False, **_AUTO}
 
 
 def stage_of(config: dict[str, Any] | None) -> int:
-    """The ZeRO stage of a DeepSpeed configuration; 0 for None and for one without ZeRO."""
-    return int(((config or {}).get("zero_optimization") or {}).get("stage", 0))
+    """The ZeRO stage of a DeepSpeed configuration; 0 for None."""
+    return int(config["zero_optimization"]["stage"]) if config else 0
 
 
 @contextmanager

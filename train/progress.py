@@ -38,6 +38,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # the checkpoint's own would outlive changed fields
         self.started = time.monotonic()
         self.seconds = 0.0
         if state.is_world_process_zero:
@@ -76,8 +77,7 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
     """Turns SIGTERM, by which clusters and launchers end a run, into a checkpoint and an orderly end."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.training = False
+        self.asked = self.training = self.stopped = False
 
     @contextmanager
     def listening(self) -> Iterator[Stopping]:
@@ -98,9 +98,10 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         self.training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        stop = self.asked
         if dist.is_initialized():  # the signal reaches the ranks at different steps; they must stop after the same one
-            asked = torch.tensor(int(self.asked), device=args.device)
+            asked = torch.tensor(int(stop), device=args.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked and state.global_step < state.max_steps:
-            control.should_training_stop = control.should_save = True
+            stop = bool(asked)  # one that comes meanwhile counts at the next step
+        if stop and state.global_step < state.max_steps:
+            self.stopped = control.should_training_stop = control.should_save = True

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
 
@@ -34,7 +35,7 @@ from train.build import build
 from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
 from train.config import Recipe, load_recipe, parse_overrides
 from train.data import Batches, TeacherEmbeddings
-from train.evaluate import MEASURE, best_folder, read_evaluation
+from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
 from train.parallel import collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping
 from train.sampler import Schedule
@@ -66,6 +67,10 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"train/run.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except dist.DistNetworkError as error:
+        reason = " ".join(str(error).split())
+        print(f"train/run.py: the ranks cannot meet ({reason}): try the launcher's --master_port", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -82,6 +87,8 @@ def train(recipe: Recipe) -> None:
         return
     check_run(recipe, output)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise PermissionError(f"{output} cannot be made: {output.absolute().parent} is not writable")
     lock = FileLock(output.absolute().with_name(f".{output.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -119,6 +126,8 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     top = TopLayers(model.backbone, recipe.top_layers) if recipe.backbone == "top" else None
     text = TextProcessor(tokenizer, model.config)
     check_prompts(text, sources)
+    if dist.is_initialized():
+        dist.barrier()  # until all ranks have looked into the folder
     if rank == 0:  # from here on the folder is this run's, and a killed start goes on
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, {**recipe.resolved(), "inputs": inputs_of(recipe)})
@@ -152,16 +161,16 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
         _say(rank, f"{output} has no whole checkpoint: starting from the first step")
     set_seed(recipe.seed)  # building and caching took random numbers, how many depends on what was there already
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
+    if stopping.stopped:
         _say(rank, f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on from there")
     else:
         with collected(model, every=recipe.include_backbone or model.backbone_is_own):
             if rank == 0:
                 finish(model, tokenizer, recipe, output)
         _say(rank, f"model in {output}")
-        if trainer.state.best_metric is not None:
-            best = f"{trainer.state.best_metric:.4f} after step {trainer.state.best_global_step}"
-            _say(rank, f"best {MEASURE} {best}: {best_folder(output)}")
+        best = best_so_far(output)
+        if evaluation and best is not None:
+            _say(rank, f"best {MEASURE} {best['eval_ndcg@10']:.4f} after step {best['step']}: {best_folder(output)}")
     trainer.accelerator.end_training()
 
 
@@ -276,6 +285,8 @@ def check_stage(recipe: Recipe, stage: int) -> None:
             "train_special_tokens=true contradicts ZeRO stage 3, which scatters the rows it trains: set it to false, "
             "or take zero2"
         )
+    if recipe.quantization is not None:
+        raise ValueError(f"quantization={recipe.quantization} contradicts ZeRO stage 3: take zero2")
     if recipe.backbone == "top":
         raise ValueError("backbone=top contradicts ZeRO stage 3: take zero2")
     if recipe.eval_data:

@@ -162,7 +162,13 @@ def _local_sets(source: str) -> list[tuple[str, list[str]]]:
             for name, files in _local_sets(str(entry)):
                 sets.setdefault(name, []).extend(files)
         elif entry.is_dir():
-            files = [str(file) for file in sorted(entry.rglob("*")) if file.is_file() and file.name.endswith(SUFFIXES)]
+            files = [
+                str(file)
+                for file in sorted(entry.rglob("*"))
+                if file.is_file()
+                and file.name.endswith(SUFFIXES)
+                and not any(part.startswith(".") for part in file.relative_to(entry).parts)
+            ]
             if files:
                 sets.setdefault(f"{source}/{entry.name}", []).extend(files)
     if not sets:

@@ -48,8 +48,12 @@ class QueryPassageModel(nn.Module):
         if len(mini_batches) == 1:
             embeddings = self._embed(**mini_batches[0])
         else:
-            embeddings = torch.cat([checkpoint(self._embed, use_reentrant=False, **part) for part in mini_batches])
+            # As one argument: only from positional ones does torch see whose random numbers it must keep.
+            embeddings = torch.cat([checkpoint(self._run, part, use_reentrant=False) for part in mini_batches])
         return embeddings[queries], embeddings[passages]
+
+    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._embed(**inputs)
 
     def _embed(self, **inputs: Tensor) -> Tensor:
         if "below" in inputs:
@@ -100,8 +104,10 @@ def cached_backward(
     as many passes, for each collects every layer's weights from all. Returns the detached loss.
     """
     device = next(model.parameters()).device
-    # No place names what is added here, so its gradient is zero.
-    idle = {name: tensor[:1] for name, tensor in mini_batches[0].items()}
+    # No place names what is added here, so its gradient is zero. Stored states are packed and are taken whole.
+    idle = mini_batches[0]
+    if "cu_seqlens" not in idle:
+        idle = {name: tensor[:1] for name, tensor in idle.items()}
     runs = [*mini_batches, *[idle] * (_most(len(mini_batches), device) - len(mini_batches))]
     states, parts = [], []
     with torch.no_grad():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,13 +27,13 @@ from lens.model import CONFIG_FILE, HEAD_FILE, LensModel, read_head
 from train.checkpoints import COMPLETE_FILE, mark_whole, whole_checkpoints
 from train.config import Recipe
 from train.data import Batches
-from train.evaluate import best_folder, evaluate
+from train.evaluate import EVALUATION_FILE, best_folder, best_so_far, evaluate
 from train.loss import contrastive_loss
 from train.parallel import collected
 from train.progress import Progress, Stopping
 from train.step import QueryPassageModel, cached_backward
 from train.top import TopLayers
-from train.watch import Watch, sample_of
+from train.watch import Watch
 
 BACKBONE_FILE = "backbone.safetensors"
 
@@ -71,6 +73,7 @@ class LensTrainer(Trainer):
             collate_fn=_only,
             num_workers=self.recipe.workers,
             persistent_workers=self.recipe.workers > 0,
+            worker_init_fn=_ignore_sigterm,
         )
 
     def compute_loss(
@@ -95,8 +98,7 @@ class LensTrainer(Trainer):
             engine = self.accelerator.deepspeed_engine_wrapped
             engine.backward(surrogate, sync_gradients=last and self.accelerator.sync_gradients, scale_wrt_gas=False)
 
-        with self.compute_loss_context_manager():
-            return cached_backward(model, inputs["mini_batches"], loss, backward)
+        return cached_backward(model, inputs["mini_batches"], loss, backward)
 
     def _loss(self, inputs: dict[str, Any], queries: Tensor, passages: Tensor) -> Tensor:
         recipe = self.recipe
@@ -112,18 +114,21 @@ class LensTrainer(Trainer):
             None if recipe.mask_false_negatives == "none" else inputs["keys"],
             recipe.false_negative_margin if recipe.mask_false_negatives == "teacher" else None,
         )
-        self.watch.count(loss, queries.detach(), passages.detach(), sample_of(inputs))
+        self.watch.count(loss, queries.detach(), passages.detach(), inputs)
         return loss.total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            figures = self.watch.figures()
+            with self.accelerator.autocast():  # which the Trainer's own covers the wrapped forward pass alone
+                figures = self.watch.figures()
             logs.update(figures)
             logs["temperature"] = self.recipe.temperature
             if figures and self.recipe.head == "lexical" and self.state.global_step > self.recipe.warmup_steps:
                 for warning in self.watch.warnings(figures):
                     self.progress.say(f"warning: step {self.state.global_step}: {warning}")
-        if not all(math.isfinite(value) for value in logs.values() if isinstance(value, float)):
+        # With fp16 a step whose gradients overflow is left out and the loss scale lowered.
+        checked = [value for name, value in logs.items() if not (self.args.fp16 and name == "grad_norm")]
+        if not all(math.isfinite(value) for value in checked if isinstance(value, float)):
             raise FloatingPointError(
                 f"loss or gradient is not finite at step {self.state.global_step}: lower learning_rate, or use bf16 in "
                 "place of fp16; the last checkpoint is whole"
@@ -161,20 +166,20 @@ class LensTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """nDCG@10 on the evaluation's data sets; the model's artifact goes to `best` when it is the best so far."""
         mode = self.lens.training
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             model = LENS(self.lens, self.tokenizer, self.args.device)
             values = evaluate(model, self.evaluation, self.recipe.eval_instruction)
         self.lens.train(mode)
-        value, best = values["eval_ndcg@10"], self.state.best_metric
         self.log(values)
-        if best is None or value > best:
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-            with collected(self.lens, every=self.lens.backbone_is_own):
-                if self.args.should_save:
-                    best_folder_of_run = best_folder(Path(self.args.output_dir))
-                    with atomic_folder(best_folder_of_run, overwrite=True, marker=CONFIG_FILE) as folder:
-                        self.lens.write(folder, self.tokenizer)
-                        write_json(folder / "evaluation.json", {"step": self.state.global_step, **values})
+        if self.args.should_save:
+            output = Path(self.args.output_dir)
+            found = {"step": self.state.global_step, "instruction": self.recipe.eval_instruction, **values}
+            best = best_so_far(output)
+            same = best is not None and best.keys() == found.keys() and best["instruction"] == found["instruction"]
+            if best is None or not same or found["eval_ndcg@10"] > best["eval_ndcg@10"]:
+                with atomic_folder(best_folder(output), overwrite=True, marker=CONFIG_FILE) as folder:
+                    self.lens.write(folder, self.tokenizer)
+                    write_json(folder / EVALUATION_FILE, found)
         return values
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -210,6 +215,8 @@ class LensTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError | dist.DistError):
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
                 f"checkpoint {folder} could not be written ({error}): make room on the disk and start the same command "
@@ -231,6 +238,11 @@ class _Evaluating(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_evaluate = state.global_step % self.steps == 0 or state.global_step == state.max_steps
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Launchers signal workers too, but the training process still needs their batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _only(items: list[Any]) -> Any:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.loss import Loss
+from train.parallel import collected
 from train.step import QueryPassageModel
 
 # Legend: Q queries, N passages, T pooled positions of all texts, L those of one, D hidden size, K clusters.
 
-_SAMPLE = 8  # passages whose maxima are traced to their positions at each log step
+_SAMPLE = 8  # texts whose maxima are traced to their positions at each log step
 
 
 class Watch:
@@ -29,10 +30,10 @@ class Watch:
         self._sums: dict[str, Tensor] = {}
         self._active: Tensor | None = None  # (K,) passages in which each cluster was active
         self._steps = self._passages = 0
-        self._sample: dict[str, Tensor] | None = None
+        self._inputs: dict[str, Any] | None = None
 
-    def count(self, loss: Loss, queries: Tensor, passages: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Takes in one batch: its loss, embeddings (Q, K) and (N, K), and the model inputs of some passages."""
+    def count(self, loss: Loss, queries: Tensor, passages: Tensor, inputs: dict[str, Any]) -> None:
+        """Takes in one batch: its loss, embeddings (Q, K) and (N, K), and the batch itself."""
         active = passages > 0
         unit = F.normalize(queries.float(), dim=1)
         pairs = max(len(unit) * (len(unit) - 1), 1)
@@ -50,20 +51,20 @@ class Watch:
         self._active = used if self._active is None else self._active + used
         self._steps += 1
         self._passages += len(passages)
-        self._sample = inputs
+        self._inputs = inputs
 
     def figures(self) -> dict[str, float]:
         """The figures since the last call; all ranks call together. Empty when nothing was counted.
 
         `accuracy` is the share of queries whose positive scores highest, `query_cosine` the mean cosine of two queries
         of a batch. `dead_clusters` and `always_on_clusters` are shares of the K clusters that were active in none and
-        in all passages; `maxima_first` and `maxima_last` shares of the active clusters of some passages whose maximum
+        in all passages; `maxima_first` and `maxima_last` shares of the active clusters of some texts whose maximum
         lies at the first and at the last pooled position.
         """
-        if self._active is None or self._sample is None:
+        if self._active is None or self._inputs is None:
             return {}
         values = torch.stack([value.float() for value in self._sums.values()]) / self._steps
-        first, last = maxima_at_ends(self.model, self._sample)
+        first, last = maxima_at_ends(self.model, sample_of(self._inputs))
         totals = torch.cat([values, torch.stack([first, last])])
         active, passages = self._active, self._passages
         if dist.is_available() and dist.is_initialized():
@@ -108,7 +109,7 @@ class Watch:
 
 
 def sample_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The model inputs of the first few passages of a batch, or texts of its first mini-batch."""
+    """The model inputs of the first few passages of a batch; with mini-batches, of its longest texts."""
     texts: dict[str, Tensor] = inputs["passages"] if inputs["mini_batches"] is None else inputs["mini_batches"][0]
     if "input_ids" in texts:
         return {name: tensor[:_SAMPLE] for name, tensor in texts.items()}
@@ -127,16 +128,17 @@ def maxima_at_ends(model: QueryPassageModel, inputs: dict[str, Tensor]) -> tuple
     try:
         hidden, cu_seqlens = model.states(**inputs)
         head = model.model.head
-        states = head.transform(hidden.to(head.weight.dtype), cu_seqlens)
         first = last = total = torch.zeros((), device=hidden.device)
-        for text in torch.split(states, cu_seqlens.diff().tolist()):  # (L, D)
-            if len(text) < 2:
-                continue
-            greatest, places = F.linear(text, head.weight, head.bias).max(0)  # (K,)
-            active = greatest > 0
-            first = first + (active & (places == 0)).sum()
-            last = last + (active & (places == len(text) - 1)).sum()
-            total = total + active.sum()
+        with collected(head):
+            states = head.transform(hidden.to(head.weight.dtype), cu_seqlens)
+            for text in torch.split(states, cu_seqlens.diff().tolist()):  # (L, D)
+                if len(text) < 2:
+                    continue
+                greatest, places = F.linear(text, head.weight, head.bias).max(0)  # (K,)
+                active = greatest > 0
+                first = first + (active & (places == 0)).sum()
+                last = last + (active & (places == len(text) - 1)).sum()
+                total = total + active.sum()
         return first / total.clamp(min=1), last / total.clamp(min=1)
     finally:
         for module, training in modes.items():
