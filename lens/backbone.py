@@ -40,7 +40,7 @@ def check_base(base: str | os.PathLike[str]) -> str:
             raise FileNotFoundError(f"{path} holds no config.json: it is no Hugging Face model folder")
         return str(path.resolve())
     if looks_local or path.exists():
-        raise FileNotFoundError(f"backbone folder {path} does not exist")
+        raise FileNotFoundError(f"model folder {path} does not exist")
     return base
 
 

@@ -233,7 +233,8 @@ def load_model(
             backbone = PeftModel.from_pretrained(backbone, str(folder), autocast_adapter_dtype=False)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{folder}: adapter_config.json or adapter_model.safetensors is damaged ({error})"
+                f"{folder}: adapter_config.json or adapter_model.safetensors is damaged, or made for another backbone "
+                f"than {place} ({error})"
             ) from error
     model = LensModel(backbone, head, config)
     limit = position_limit(backbone)

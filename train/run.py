@@ -65,7 +65,10 @@ def main(arguments: list[str]) -> int:
             raise ValueError("the first argument must be a recipe, a YAML file")
         train(load_recipe(path[0], parse_overrides(path[1:])))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"train/run.py: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if "Original Traceback" in text:  # of a worker; its last line is the error
+            text = text.strip().splitlines()[-1]
+        print(f"train/run.py: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except dist.DistNetworkError as error:
         reason = " ".join(str(error).split())
