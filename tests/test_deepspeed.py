@@ -30,7 +30,7 @@ pytestmark = [
 )
 def test_unusable_deepspeed_files_are_named(content, message, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="ds.json: " + message):
+    with pytest.raises(ValueError, match="ds.json: .*" + message):
         deepspeed_config(str(tmp_path / "ds.json"))
     with pytest.raises(FileNotFoundError, match="zero9 is neither a file nor one of zero1, zero2"):
         deepspeed_config("zero9")
