@@ -4,25 +4,23 @@
 
 `log1p` and `relu` are monotone, so the maximum is taken over the bare logits and activated afterwards on the
 (B, K) result. Maximum pooling passes gradient only to the positions where a maximum is reached, so nothing of size
-(B, L, K) needs to survive the forward pass.
+(B, L, K) is ever needed: lens/chunked.py computes the same without it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from lens import chunked
 from lens.config import LensConfig, Pooling
 
 # Legend: B texts, L tokens, T pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
 
 Backend = Literal["auto", "eager", "chunked"]
-
-_CHUNK_ELEMENTS = 1 << 24  # logits alive at a time in the chunked backend: 64 MB of float32
 
 
 def activate(logits: Tensor) -> Tensor:
@@ -44,7 +42,7 @@ def lexical_pool(
     Shapes: hidden (B, L, D) with mask (B, L), true where pooled (None: everywhere); or packed hidden (T, D) with
     cu_seqlens (B+1,), the offsets of the texts. weight (K, D), bias (K,). Returns (B, K) float32, differentiable
     in hidden, weight and bias; a text without pooled positions gets zeros. `eager` is the readable reference and
-    holds all B*L*K logits; `chunked` holds 64 MB of them at most and keeps none for the backward pass.
+    holds all B*L*K logits; `chunked` holds one block of them, forward and backward (see lens/chunked.py).
     Raises ValueError for shapes that do not fit together and for unknown names.
     """
     _check(hidden, weight, bias, mask, cu_seqlens)
@@ -52,6 +50,8 @@ def lexical_pool(
         raise ValueError(f"pooling must be max, sum or last; found {pooling!r}")
     if backend not in ("auto", "eager", "chunked"):
         raise ValueError(f"backend must be auto, eager or chunked; found {backend!r}")
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
     rows, lengths = _rows(hidden, mask, cu_seqlens)
@@ -60,9 +60,8 @@ def lexical_pool(
     if backend == "eager":
         return _eager(rows, lengths, weight, bias, pooling)
     if pooling == "sum":
-        return _chunked_sum(rows, lengths, weight, bias)
-    greatest: Tensor = _MaxLogits.apply(rows, weight, bias, tuple(lengths))  # type: ignore[no-untyped-call]
-    return activate(greatest)
+        return chunked.sum_pool(rows, weight, bias, lengths)
+    return activate(chunked.max_pool(rows, weight, bias, lengths))
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -120,72 +119,6 @@ def last_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     ends = (cu_seqlens[1:] - 1)[filled]
     empty = rows.new_zeros(len(filled), rows.shape[1])
     return empty.masked_scatter(filled[:, None], rows[ends])
-
-
-def _column_chunks(rows: int, columns: int) -> list[slice]:
-    width = max(_CHUNK_ELEMENTS // max(rows, 1), 64)
-    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
-
-
-def _chunked_sum(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
-    owner = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long, device=rows.device))  # (T,)
-
-    def columns(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        zeros = torch.zeros(len(lengths), len(weight), device=rows.device)
-        return zeros.index_add(0, owner, activate(F.linear(rows, weight, bias)))
-
-    parts = [
-        checkpoint(columns, rows, weight[c], None if bias is None else bias[c], use_reentrant=False)
-        for c in _column_chunks(len(rows), len(weight))
-    ]
-    return torch.cat(parts, dim=1)  # (B, K)
-
-
-class _MaxLogits(torch.autograd.Function):
-    """Per text and cluster the greatest logit (B, K), -inf without positions; gradient to the argmax rows only."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: tuple[int, ...]) -> Tensor:
-        texts, clusters = len(lengths), len(weight)
-        values = torch.full((texts, clusters), -torch.inf, dtype=torch.float32, device=rows.device)
-        argmax = torch.zeros((texts, clusters), dtype=torch.long, device=rows.device)
-        training = any(ctx.needs_input_grad)
-        for c in _column_chunks(len(rows), clusters):
-            logits = F.linear(rows, weight[c], None if bias is None else bias[c])  # (T, columns)
-            start = 0
-            for text, part in enumerate(torch.split(logits, list(lengths))):
-                if len(part) == 0:
-                    continue
-                if training:
-                    best = part.max(0)
-                    values[text, c] = best.values.float()
-                    argmax[text, c] = best.indices + start
-                else:
-                    values[text, c] = part.amax(0).float()
-                start += len(part)
-        ctx.save_for_backward(rows, weight, argmax)
-        ctx.has_bias = bias is not None
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        rows, weight, argmax = ctx.saved_tensors
-        gradient = gradients[0]  # (B, K)
-        text, cluster = gradient.nonzero(as_tuple=True)
-        sparse = torch.sparse_coo_tensor(
-            torch.stack([argmax[text, cluster], cluster]),
-            gradient[text, cluster],
-            (len(rows), len(weight)),
-            check_invariants=False,
-        ).coalesce()  # (T, K): one entry per active cluster of each text
-        d_rows = d_weight = d_bias = None
-        if ctx.needs_input_grad[0]:
-            d_rows = torch.sparse.mm(sparse, weight.float()).to(rows.dtype)
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.sparse.mm(sparse.t().coalesce(), rows.float()).to(weight.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            d_bias = gradient.sum(0).to(weight.dtype)
-        return d_rows, d_weight, d_bias, None
 
 
 def whitened(weight: Tensor) -> Tensor:

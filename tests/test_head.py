@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lens.config import LensConfig
-from lens.head import ContextTransform, LexicalHead, _column_chunks, lexical_pool, whitened
+from lens.head import ContextTransform, LexicalHead, lexical_pool, whitened
 
 
 def naive(hidden, weight, bias, lengths, pooling):
@@ -73,23 +73,6 @@ def test_activation_after_maximum_is_maximum_after_activation():
     torch.testing.assert_close(lexical_pool(hidden, weight), every.amax(1))
     assert (every.amax(1) == 0).any()
     assert (every.amax(1) > 0).any()
-
-
-@pytest.mark.parametrize("pooling", ["max", "sum", "last"])
-@pytest.mark.parametrize("narrow", [False, True])
-def test_chunked_gradients_equal_eager_ones(pooling, narrow, monkeypatch):
-    if narrow:  # many column chunks, the last one not full
-        monkeypatch.setattr("lens.head._CHUNK_ELEMENTS", 1)
-        assert len(_column_chunks(10, 130)) == 3
-    hidden, weight, bias, lengths = case(3, clusters=130)
-    gradients = []
-    for backend in ("eager", "chunked"):
-        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        out = lexical_pool(*leaves, cu_seqlens=offsets(lengths), pooling=pooling, backend=backend)
-        (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_gradient_against_finite_differences():
