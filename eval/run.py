@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16"),
         help="of the models' weights; unset: theirs, dense float32",
     )
+    add("--quantization", choices=("4bit", "8bit", "int8"), help="of the models, as lens.load takes it; unset: none")
     return parser
 
 
@@ -129,7 +130,8 @@ def load(args: argparse.Namespace) -> Loaded:
             spaced = next((name for name in [*beir.corpus, *beir.queries] if re.search(r"\s", name)), None)
             if spaced is not None:
                 raise ValueError(f"{beir.name}: TREC runs cannot hold the id {spaced!r}: leave out --save-runs")
-    options = {"device": args.device, "dtype": args.dtype} | ({"base": args.base} if args.base else {})
+    options = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
+    options |= {"base": args.base} if args.base else {}
     models = {name: lens.load(folder, **options) for name, folder in folders.items()}
     dense = None
     if "dense" in args.baselines:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -86,12 +86,38 @@ def _by_length(lengths: Sequence[int], device: torch.device) -> tuple[list[int],
     return sizes.tolist(), order.to(device), places.to(device)
 
 
+def block_size(device: torch.device) -> tuple[int, int]:
+    """Rows and clusters of one block."""
+    return _BLOCK if device.type == "cpu" else _GPU_BLOCK
+
+
+class Blocks(Protocol):
+    """Logits of all rows, one block of at most `height` rows at a time; a block lives until the next is asked for."""
+
+    height: int
+
+    def columns(self) -> Iterator[slice]:
+        """The blocks of clusters, one after another."""
+
+    def __call__(self, part: slice, columns: slice) -> Tensor:
+        """The block (rows of `part`, clusters of `columns`)."""
+
+
+class Packed(Protocol):
+    """Rows of a head in a form of their own (see lens/int8.py)."""
+
+    def __len__(self) -> int: ...
+
+    def logits(self, rows: Tensor) -> Blocks:
+        """Logits of rows (T, D)."""
+
+
 class _Logits:
     """Blocks of rows @ weight.T, each written over the one before."""
 
     def __init__(self, rows: Tensor, weight: Tensor) -> None:
         self.rows, self.weight = rows, weight
-        self.height, self.width = _BLOCK if rows.device.type == "cpu" else _GPU_BLOCK
+        self.height, self.width = block_size(rows.device)
         size = min(self.height, max(len(rows), 1)) * min(self.width, max(len(weight), 1))
         self.memory = rows.new_empty(size)
 
@@ -106,39 +132,67 @@ class _Logits:
         return torch.mm(self.rows[part], weight.t(), out=out)
 
 
+def reduce_max(
+    rows: Tensor, weight: Tensor | Packed, bias: Tensor | None, lengths: Sequence[int], training: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Greatest logits (B, K) float32 and, when `training`, the row of each, (B, K) int32, else (0, 0)."""
+    sizes, order, places = _by_length(lengths, rows.device)
+    values = torch.full((len(lengths), len(weight)), -torch.inf, device=rows.device)
+    argmax = torch.zeros(values.shape if training else (0, 0), dtype=torch.int32, device=rows.device)
+    logits = _logits(rows if places is None else rows[places], weight)
+    countdown = torch.arange(logits.height, 0, -1, dtype=torch.float32, device=rows.device)
+    marks = torch.empty(0, device=rows.device)
+    for part, runs in _blocks(sizes, logits.height):
+        for columns in logits.columns():
+            block = logits(part, columns)
+            if training and marks.numel() < block.numel():
+                marks = torch.empty(block.numel(), device=rows.device)
+            start = 0
+            for number, count, length, later in runs:
+                texts, end = slice(number, number + count), start + count * length
+                own = block[start:end].view(count, length, -1)
+                best = own.amax(1)
+                if training:
+                    first = _first(own, best, marks, countdown)
+                    first += torch.arange(count, dtype=torch.int32, device=rows.device)[:, None] * length
+                    first += part.start + start
+                    if later:  # an equal one in an earlier block stays the first
+                        first = torch.where(best > values[texts, columns], first, argmax[texts, columns])
+                    argmax[texts, columns] = first
+                values[texts, columns] = torch.maximum(best, values[texts, columns]) if later else best
+                start = end
+    if order is not None and places is not None:
+        values = torch.empty_like(values).index_copy_(0, order, values)
+        if training:
+            argmax = torch.empty_like(argmax).index_copy_(0, order, places.int()[argmax])
+    if bias is not None:
+        values += bias.float()  # rounding keeps order, so the maximum may be taken before
+    return values, argmax
+
+
+def reduce_sum(rows: Tensor, weight: Tensor | Packed, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:
+    """Sums of log1p(relu(logit)), (B, K) float32."""
+    sums = torch.zeros(len(lengths), len(weight), device=rows.device)
+    logits = _logits(rows, weight)
+    for part, runs in _blocks(lengths, logits.height):
+        for columns in logits.columns():
+            block = _biased(logits(part, columns), bias, columns).clamp_(min=0).log1p_()
+            start = 0
+            for number, count, length, _ in runs:
+                end = start + count * length
+                sums[number : number + count, columns] += block[start:end].view(count, length, -1).sum(1)
+                start = end
+    return sums
+
+
+def _logits(rows: Tensor, weight: Tensor | Packed) -> Blocks:
+    return _Logits(rows, weight) if isinstance(weight, Tensor) else weight.logits(rows)
+
+
 class _MaxLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: tuple[int, ...]) -> Tensor:
-        training = any(ctx.needs_input_grad)
-        sizes, order, places = _by_length(lengths, rows.device)
-        values = torch.full((len(lengths), len(weight)), -torch.inf, device=rows.device)
-        argmax = torch.zeros(values.shape if training else (0, 0), dtype=torch.int32, device=rows.device)
-        logits = _Logits(rows if places is None else rows[places], weight)
-        marks = torch.empty(logits.memory.shape if training else 0, device=rows.device)
-        countdown = torch.arange(logits.height, 0, -1, dtype=torch.float32, device=rows.device)
-        for part, runs in _blocks(sizes, logits.height):
-            for columns in logits.columns():
-                block = logits(part, columns)
-                start = 0
-                for number, count, length, later in runs:
-                    texts, end = slice(number, number + count), start + count * length
-                    own = block[start:end].view(count, length, -1)
-                    best = own.amax(1)
-                    if training:
-                        first = _first(own, best, marks, countdown)
-                        first += torch.arange(count, dtype=torch.int32, device=rows.device)[:, None] * length
-                        first += part.start + start
-                        if later:  # an equal one in an earlier block stays the first
-                            first = torch.where(best > values[texts, columns], first, argmax[texts, columns])
-                        argmax[texts, columns] = first
-                    values[texts, columns] = torch.maximum(best, values[texts, columns]) if later else best
-                    start = end
-        if order is not None and places is not None:
-            values = torch.empty_like(values).index_copy_(0, order, values)
-            if training:
-                argmax = torch.empty_like(argmax).index_copy_(0, order, places.int()[argmax.clamp_(max=len(rows) - 1)])
-        if bias is not None:
-            values += bias.float()  # rounding keeps order, so the maximum may be taken before
+        values, argmax = reduce_max(rows, weight, bias, lengths, any(ctx.needs_input_grad))
         ctx.save_for_backward(rows, weight, argmax)
         ctx.has_bias = bias is not None
         return values
@@ -186,16 +240,7 @@ def _bags(table: Tensor, index: Tensor, bag: Tensor, scale: Tensor, count: int) 
 class _SumWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: tuple[int, ...]) -> Tensor:
-        sums = torch.zeros(len(lengths), len(weight), device=rows.device)
-        logits = _Logits(rows, weight)
-        for part, runs in _blocks(lengths, logits.height):
-            for columns in logits.columns():
-                block = _biased(logits(part, columns), bias, columns).clamp_(min=0).log1p_()
-                start = 0
-                for number, count, length, _ in runs:
-                    end = start + count * length
-                    sums[number : number + count, columns] += block[start:end].view(count, length, -1).sum(1)
-                    start = end
+        sums = reduce_sum(rows, weight, bias, lengths)
         ctx.save_for_backward(rows, weight, bias)
         ctx.lengths = lengths
         return sums

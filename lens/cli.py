@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+_QUANTIZATION = "4bit, 8bit: quantise the backbone to save memory (bitsandbytes); int8: faster on a CPU"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lens", description="Lexicon-based text embeddings.")
     commands = parser.add_subparsers(required=True, metavar="encode | search | explain | export | card | push")
@@ -35,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         if encodes:
             sub.add_argument("--device", help="cpu, cuda or mps; default: the first GPU there is, else the CPU")
             sub.add_argument("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on GPUs, else float32")
-            sub.add_argument("--quantization", choices=("4bit", "8bit"), help="quantise the backbone (bitsandbytes)")
+            sub.add_argument("--quantization", choices=("4bit", "8bit", "int8"), help=_QUANTIZATION)
             sub.add_argument(
                 "--attn-implementation", help="sdpa, eager, flash_attention_2, ...; default: transformers' own"
             )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from lens import int8
 from lens.attention import compile_layers, is_flash
 from lens.backbone import resolve_device
 from lens.compat import is_released, load_released
@@ -246,7 +247,7 @@ def load(
     revision: str | None = None,
     attn_implementation: str | None = None,
     compat: Compat | None = None,
-    quantization: Quantization | None = None,
+    quantization: Quantization | Literal["int8"] | None = None,
     compile: bool = False,
 ) -> LENS:
     """Loads a model from a folder or a hub id, on cuda, mps or cpu (the first there is), in eval mode.
@@ -254,21 +255,31 @@ def load(
     `dtype` is bfloat16 on GPUs that have it and float32 elsewhere; `base` is the backbone's place where it has moved.
     `attn_implementation` is sdpa, eager, flex_attention, flash_attention_2, flash_attention_3 or a kernel of the hub
     (org/name); None leaves the choice to transformers. `quantization` ("4bit", "8bit") quantises the backbone while it
-    is read, with bitsandbytes. `compile` compiles its layers, at the first texts, which pays on GPUs for many texts.
+    is read, with bitsandbytes; "int8" multiplies in 8 bits, which on a CPU is faster (see lens/int8.py). `compile`
+    compiles the backbone's layers, at the first texts, which pays on GPUs for many texts.
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
     docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
     where = resolve_device(device)
     if compat not in (None, "official"):
         raise ValueError(f"compat must be 'official' or None; found {compat!r}")
-    folder, kind = fetch(path_or_id, revision), resolve_dtype(dtype, where, attn_implementation)
+    kind = resolve_dtype(dtype, where, attn_implementation)
+    if quantization == "int8" and (where.type != "cpu" or kind != torch.float32):
+        raise ValueError(
+            f"quantization='int8' is for a CPU in float32, and this is {where.type} in {kind}: leave dtype out with "
+            "device='cpu', or use '8bit' to save memory on a GPU"
+        )
+    read = None if quantization == "int8" else quantization
+    folder = fetch(path_or_id, revision)
     if is_released(folder):
         official = compat == "official"
-        model, tokenizer = load_released(folder, kind, base, attn_implementation, official, where, quantization)
+        model, tokenizer = load_released(folder, kind, base, attn_implementation, official, where, read)
     elif compat is not None:
         raise ValueError(f"compat={compat!r} is for checkpoints of the released LENS code, and {folder} is none")
     else:
-        model, tokenizer = load_model(folder, kind, base, None, attn_implementation, where, quantization)
+        model, tokenizer = load_model(folder, kind, base, None, attn_implementation, where, read)
+    if quantization == "int8":
+        int8.quantize(model)
     return LENS(model, tokenizer, where, compile)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lens import chunked
 from lens.config import LensConfig, Pooling
+from lens.int8 import Int8Rows
 
 # Legend: B texts, L tokens, T pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
 
@@ -223,6 +224,8 @@ class LexicalHead(nn.Module):
             self.transform = ResidualTransform(config.hidden_size)
         elif config.transform == "context":
             self.transform = ContextTransform(config.hidden_size)
+        self.rows: Int8Rows | None = None
+        """The rows of `weight` in int8, which then stand in for it."""
         self.register_buffer("labels", labels.to(torch.int32), persistent=False)
         nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
 
@@ -235,8 +238,20 @@ class LexicalHead(nn.Module):
         states = self.transform(hidden, cu_seqlens)
         if self.dense:
             pooled = last_rows(states, cu_seqlens).float()
+        elif self.rows is not None and self.pooling != "last":
+            pooled = self._pool_int8(states, self.rows, cu_seqlens.diff().tolist())
         else:
             pooled = lexical_pool(
                 states, self.weight, self.bias, cu_seqlens=cu_seqlens, pooling=self.pooling, backend=self.backend
             )
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def quantize(self) -> None:
+        """Multiplies in int8 from now on, on a CPU and without gradients (see lens/int8.py)."""
+        if not self.dense:
+            self.rows = Int8Rows(self.weight)
+
+    def _pool_int8(self, states: Tensor, rows: Int8Rows, lengths: list[int]) -> Tensor:
+        if self.pooling == "sum":
+            return chunked.reduce_sum(states, rows, self.bias, lengths)
+        return activate(chunked.reduce_max(states, rows, self.bias, lengths)[0])

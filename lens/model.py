@@ -39,6 +39,7 @@ from lens.config import FORMAT_VERSION, LensConfig, check_fields
 from lens.explain import ClusterTokens
 from lens.files import atomic_folder, read_json, read_tensors
 from lens.head import LexicalHead, whitened
+from lens.int8 import is_int8
 from lens.merge import save_merged
 from lens.quantized import Quantization, is_quantized
 from lens.text import add_special_tokens, tagged_prompt
@@ -145,6 +146,8 @@ class LensModel(nn.Module):
         write_card(folder, self.facts, model_card(self.config, self.facts, tokens, adapter, repository))
 
     def _check_writable(self, include_backbone: bool) -> None:
+        if is_int8(self):
+            raise ValueError("a model in int8 cannot be saved: load it without quantization and save that")
         if is_quantized(self.backbone) and (include_backbone or self.backbone_is_own):
             raise ValueError(
                 "include_backbone contradicts quantization: merging into 4 or 8 bits would lose what was trained. Load "

@@ -1,0 +1,133 @@
+"""Encoding on a CPU in 8 bits: weights with one scale per output, activations with one scale per token.
+
+Linear layers and the head multiply integers (oneDNN's kernels in torch) and give float32 back; what lies between them,
+attention among it, stays in float32. A token's scale follows from its own values alone, so that a text's embedding
+does not depend on the texts beside it. For encoding only: nothing is differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lens.chunked import Blocks, block_size
+
+# Legend: T tokens, I and O inputs and outputs of a linear layer, D hidden size, K clusters.
+
+_ZERO = 128  # of activations in uint8, the kind that the kernels take
+_ROWS = 512  # tokens quantised and multiplied at a time, so that they stay in the cache
+
+
+class _Packed:
+    """Weights (O, I) in int8, packed for the kernel, with the scale of each output."""
+
+    def __init__(self, weight: Tensor) -> None:
+        weight = weight.detach().float()
+        self.scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+        self.weight = torch.ops.onednn.qlinear_prepack((weight / self.scales[:, None]).round().to(torch.int8), None)
+        self.zeros = torch.zeros(len(weight), dtype=torch.long)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Products (T, O) float32 of quantised tokens (T, I), in units of the tokens' scales."""
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            tokens, 1.0, _ZERO, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return product
+
+
+def _top() -> int:
+    """Greatest whole number of an activation: products of pairs overflow 16 bits on processors without VNNI."""
+    return 127 if torch.cpu._is_vnni_supported() else 63
+
+
+def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (T, I) as uint8 around _ZERO, and their scales (T, 1).
+
+    Raises FloatingPointError for NaN and infinite values.
+    """
+    scales = x.abs().amax(1, keepdim=True) / _top()
+    if not math.isfinite(float(scales.sum())):
+        raise FloatingPointError("activations hold NaN or infinite values, which int8 cannot hold")
+    steps = scales.clamp(min=1e-30).reciprocal()
+    tokens = torch.mul(x, steps).round_().to(torch.int8)  # straight to uint8 would take six times as long
+    return tokens.view(torch.uint8).bitwise_xor_(_ZERO), scales
+
+
+class Int8Linear(nn.Module):
+    """x (..., I) float32 -> x W^T + b (..., O) float32, multiplied in 8 bits."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = _Packed(linear.weight)
+        bias = torch.zeros(self.out_features) if linear.bias is None else linear.bias.detach().float()
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product, a block of tokens at a time."""
+        rows = x.reshape(-1, self.in_features)
+        out = rows.new_empty(len(rows), self.out_features)
+        for start in range(0, len(rows), _ROWS):
+            part = slice(start, start + _ROWS)
+            tokens, scales = _quantised(rows[part])
+            torch.addcmul(self.bias, self.packed(tokens), scales, out=out[part])
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, int8"
+
+
+class Int8Rows:
+    """The head's rows (K, D), one packed piece for each block of clusters."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.count = len(weight)
+        self.height, self.width = block_size(weight.device)
+        self.pieces = [_Packed(weight[start : start + self.width]) for start in range(0, self.count, self.width)]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def logits(self, rows: Tensor) -> Blocks:
+        """Blocks of rows (T, D) @ these rows in float32; raises FloatingPointError for NaN or infinite values."""
+        return _Int8Logits(rows, self)
+
+
+class _Int8Logits:
+    def __init__(self, rows: Tensor, weight: Int8Rows) -> None:
+        self.weight, self.height = weight, weight.height
+        self.tokens, self.scales = _quantised(rows)
+
+    def columns(self) -> Iterator[slice]:
+        for start in range(0, len(self.weight), self.weight.width):
+            yield slice(start, min(start + self.weight.width, len(self.weight)))
+
+    def __call__(self, part: slice, columns: slice) -> Tensor:
+        product = self.weight.pieces[columns.start // self.weight.width](self.tokens[part])
+        return product.mul_(self.scales[part])
+
+
+def quantize(model: Any) -> None:
+    """Puts a float32 LensModel on the CPU into 8 bits, an adapter merged in first.
+
+    It can then no longer be trained or saved. Raises ValueError when this build of torch has no 8-bit kernels.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        raise ValueError("quantization='int8' needs a build of torch with oneDNN's kernels: leave it out here")
+    if isinstance(model.backbone, PeftModel):
+        model.backbone = model.backbone.merge_and_unload()
+    for module in list(model.backbone.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Int8Linear(child))
+    model.head.quantize()
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether a model has linear layers in int8."""
+    return any(isinstance(module, Int8Linear) for module in model.modules())
