@@ -22,6 +22,9 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import lens  # noqa: F401  before transformers, so that bitsandbytes, which that imports, is kept quiet
+
+# isort: split
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
