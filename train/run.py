@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -246,7 +247,12 @@ def _changed_files(before: dict[str, str], now: dict[str, str], shown: int = 5) 
 
 
 def _digest(path: Path) -> str:
-    size = path.stat().st_size
+    stat = path.stat()
+    return _digest_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache  # a resumed run asks three times
+def _digest_of(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         if size <= 1 << 30:
             return hashlib.file_digest(file, "sha256").hexdigest()
