@@ -136,6 +136,8 @@ def read_tensors(path: str | os.PathLike[str], expected: Mapping[str, Sequence[i
     was found when it is truncated, is no safetensors file, lacks a tensor, or holds one of another shape.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: expected a safetensors file with {', '.join(expected)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a safetensors file with {', '.join(expected)}")
     try:

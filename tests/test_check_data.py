@@ -181,3 +181,11 @@ def test_it_fails_in_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error, error
         assert len(error.strip().splitlines()) == 1, error
+
+
+def test_a_report_does_not_replace_the_data(tmp_path, recipe, capsys):
+    path = write_rows(tmp_path / "d.jsonl", row())
+    before = path.read_bytes()
+    assert check([str(path), "--json", str(tmp_path / "." / "d.jsonl"), "--overwrite"]) == 2
+    assert "d.jsonl is a file of the data: name another file" in capsys.readouterr().err
+    assert path.read_bytes() == before

@@ -7,17 +7,55 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import SENTENCES
-from train_helpers import LORA, deepspeed, log_of, settings
+from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+from train_helpers import LORA, deepspeed, log_of, settings, weights_of
 
 import lens
-from train.parallel import deepspeed_config
+from train.parallel import CONFIGURATIONS, deepspeed_config
 from train.run import main as train
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed's launcher runs on Linux"),
 ]
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(get_cxx_compiler()) is None or not is_ninja_available(),
+    reason="on CPU ranks DeepSpeed compiles its communication at the first start: needs a C++ compiler and ninja",
+)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_configurations_are_deepspeeds_own(name):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig(**deepspeed_config(name)["zero_optimization"])  # refuses fields that it does not know
+    stage, _, offload = name.partition("-")
+    assert stage == f"zero{int(zero.stage)}"
+    for part, wanted in ((zero.offload_optimizer, offload), (zero.offload_param, offload and stage == "zero3")):
+        assert part.device == "cpu" if wanted else part is None
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("ranks", "name", "changes"),
+    [(2, "zero2-offload", {"mini_batch_tokens": 40}), (1, "zero3-offload", {})],
+    ids=["2 zero2 cached", "1 zero3"],
+)
+def test_off_load_to_cpu_memory_trains_the_weights_of_one_process(
+    ranks, name, changes, empty, mistral, mistral_clusters, pairs, tmp_path
+):
+    plain = {**LORA, "lora_dropout": 0.0, "train_special_tokens": "false", "save_steps": 6}
+    assert train([empty, *settings(mistral, mistral_clusters, pairs, tmp_path / "one", **plain)]) == 0
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "many", **plain, **changes, deepspeed=name)
+    done = deepspeed(empty, arguments, ranks)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one, many = weights_of(tmp_path / "one"), weights_of(tmp_path / "many")
+    assert one.keys() == many.keys()
+    for key, weight in one.items():  # six steps of 0.01 have moved them by up to 0.06
+        torch.testing.assert_close(many[key], weight, atol=1e-3, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +74,7 @@ def test_unusable_deepspeed_files_are_named(content, message, tmp_path):
         deepspeed_config("zero9")
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, row, save_clusters, save_mistral, write_rows
+from conftest import ROOT, SENTENCES, row, save_clusters, save_mistral, write_rows
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
@@ -241,3 +243,13 @@ def test_the_vocabulary_head_of_a_quantised_decoder_is_not_quantised(wide):
     folder, _ = wide
     model = lens.LENS.build(folder, device="cpu", quantization="4bit").model
     assert torch.equal(model.head.weight, lens.LENS.build(folder, device="cpu").model.head.weight)
+
+
+def test_training_imports_bitsandbytes_with_its_warnings_off():
+    """peft, which the Trainer imports, looks for bitsandbytes; where it is, it warns of every CPU kernel it lacks."""
+    code = (
+        "import logging, sys\nlevels = []\nclass Look:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'bitsandbytes': levels.append(logging.getLogger(name).level)\n"
+        "sys.meta_path.insert(0, Look())\nimport train.run\nsys.exit(set(levels) != {logging.ERROR})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 from conftest import ROOT
-from train_helpers import log_of
+from train_helpers import log_of, settings
 
 import lens
 from train.config import Recipe, load_recipe, parse_overrides
+from train.run import _changed_files
 from train.run import main as train
 
 NEEDED = {"base": "b", "data": ["d.jsonl"], "output": "o"}
@@ -44,6 +45,8 @@ def test_lists_of_numbers_and_sizes_by_type(tmp_path):
     assert recipe.data_weights == (1.0, 0.5)
     assert [recipe.batch_size_of(kind) for kind in ("symmetric_sts", "symmetric_class", "retrieval")] == [256, 128, 512]
     assert Recipe(**recipe.resolved()) == recipe
+    renamed = load_recipe(path, {"type_batch_size": {"normal": 4}})  # what the published data calls retrieval
+    assert (renamed.type_batch_size, renamed.batch_size_of("retrieval")) == ({"retrieval": 4}, 4)
     one = load_recipe(path, parse_overrides(["--type_batch_size=symmetric_sts=4", "--type_group_size", "null"]))
     assert (one.type_batch_size, one.type_group_size) == ({"symmetric_sts": 4}, None)
 
@@ -74,6 +77,15 @@ def test_lists_of_numbers_and_sizes_by_type(tmp_path):
         ({"streaming": True, "backbone": "top"}, "streaming=true contradicts cache_hidden=true with backbone=top"),
         ({"false_negative_margin": 1}, "margin=1.0 contradicts mask_false_negatives=duplicates: it goes with teacher"),
         ({"mask_false_negatives": "some"}, "mask_false_negatives must be one of none, duplicates, teacher"),
+        ({"type_batch_size": {"symetric_sts": 3}}, "unknown type 'symetric_sts'; .*; did you mean symmetric_sts?"),
+        ({"type_batch_size": {"normal": 4, "retrieval": 8}}, "type_batch_size: normal and retrieval are one type"),
+        ({"seed": -1}, "yaml: seed must be from 0 to 4294967295, found -1$"),
+        ({"seed": 2**32}, "yaml: seed must be from 0 to 4294967295, found 4294967296$"),
+        ({"epochs": 1e7}, "yaml: epochs must be at most 1e6, found 10000000.0$"),
+        ({"max_steps": 10**20}, "max_steps must be at most 2147483647, found 1000"),
+        ({"data": ["d", "e", "d"]}, "data names d twice: name it once, with data_weights"),
+        ({"data": [""]}, r"data must not be an empty text; found \[''\]"),
+        ({"base": " "}, "base must not be an empty text; found ' '"),
         ({"kd_weight": float("nan")}, "kd_weight must be a finite number; found nan"),
     ],
 )
@@ -88,6 +100,33 @@ def test_bad_recipe_files_and_arguments(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match="bad.yaml is not valid YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "twice.yaml").write_text("seed: 1\ntype_batch_size: {retrieval: 2, retrieval: 4}\n")
+    with pytest.raises(ValueError, match="twice.yaml: line 2: retrieval is given twice: keep one"):
+        load_recipe(tmp_path / "twice.yaml")
+    (tmp_path / "merged.yaml").write_text(
+        "base: b\noutput: o\ndata: d\ntype_batch_size: {<<: {retrieval: 2}, retrieval: 4}\n"
+    )
+    assert load_recipe(tmp_path / "merged.yaml").type_batch_size == {"retrieval": 4}
+    with pytest.raises(ValueError, match=f"recipe {tmp_path} is a folder: name a YAML file"):
+        load_recipe(tmp_path)
+    (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="model.bin is no recipe, it holds no UTF-8 text: name a YAML file"):
+        load_recipe(tmp_path / "model.bin")
+    (tmp_path / "large.bin").write_bytes(b" " * ((1 << 20) + 1))
+    with pytest.raises(ValueError, match="large.bin is no recipe, its 1,048,577 bytes are too many"):
+        load_recipe(tmp_path / "large.bin")
+    with pytest.raises(ValueError, match="--data is given twice: give it once, with all values after it"):
+        parse_overrides(["--data", "a", "--data", "b"])
+    with pytest.raises(ValueError, match="'-base' begins with one dash, fields with two: --base"):
+        parse_overrides(["--data", "a", "-base", "b"])
+    for arguments, message in ((["--seed="], "--seed needs a value"), (["--"], "'--' names no field")):
+        with pytest.raises(ValueError, match=message):
+            parse_overrides(arguments)
+    assert parse_overrides(["--seed", "-1", "--seed", "2"]) == {"seed": 2}
+    twice = parse_overrides(["--type_batch_size", "symmetric_sts=2", "symmetric_sts=4"])
+    message = r"type_batch_size: symmetric_sts is given twice \(symmetric_sts=2, symmetric_sts=4\): keep one"
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file(tmp_path), twice)
     with pytest.raises(ValueError, match="'stray' follows no --field"):
         parse_overrides(["stray"])
     with pytest.raises(ValueError, match="--seed needs a value"):
@@ -130,3 +169,19 @@ def test_recipes_for_gpus_train_a_tiny_decoder(name, mistral, mistral_clusters, 
     assert all(row["grad_norm"] > 0 for row in log)
     embeddings = lens.load(tmp_path / "run").encode_queries(["a query"], "Find the rest of the sentence.")
     assert (embeddings > 0).any()
+
+
+def test_a_revision_of_a_local_base_is_refused(mistral, mistral_clusters, pairs, empty, tmp_path, capsys):
+    arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "run", revision="main")
+    assert train([empty, *arguments]) == 2
+    assert f"revision=main contradicts base={mistral}, a local folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_files_changed_names_only_these():
+    before = {"same": "1", "other": "2", "gone": "3"} | {f"f{i}": "4" for i in range(7)}
+    now = {"same": "1", "other": "5", "new": "6"}
+    assert _changed_files(before, now) == (
+        "files that appeared since: new, files that vanished since: gone f0 f1 f2 f3 and 3 more, "
+        "files that changed since: other"
+    )

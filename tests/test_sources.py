@@ -145,6 +145,16 @@ def test_sources_that_are_none(tmp_path, datasets_cache):
         read_sources(recipe(tmp_path / "gone.jsonl"))
     with pytest.raises(ValueError, match="no/such is no file or folder here, and reading it from the hub failed"):
         read_sources(recipe("no/such"))
+    (tmp_path / "d.csv").write_text("query,pos\n")
+    for read in (read_sources, open_sources):
+        with pytest.raises(ValueError, match=r"d.csv is none of .jsonl, .jsonl.gz, .json, .parquet: convert it"):
+            read(recipe(tmp_path / "d.csv"))
+    with pytest.raises(ValueError, match="d.csv is none of"):
+        read_examples(tmp_path / "d.csv")
+    with pytest.raises(ValueError, match="training data /dev/null is neither a file nor a folder"):
+        read_sources(recipe("/dev/null"))
+    with pytest.raises(ValueError, match="a.json is one JSON array, which cannot be streamed: write an object a line"):
+        read_sources(recipe(write(tmp_path / "a.json"), streaming=True))
     (tmp_path / "void").mkdir()
     with pytest.raises(FileNotFoundError, match="void holds no training files"):
         read_sources(recipe(tmp_path / "void"))

@@ -141,7 +141,7 @@ def test_what_a_run_stands_on_must_stay(empty, bert, bert_clusters, pairs, tmp_p
     save_file({**states, name: states[name] * 1.5}, base / "model.safetensors", {"format": "pt"})
     capsys.readouterr()
     assert train(arguments) == 2
-    assert "holds a run of another recipe (inputs" in capsys.readouterr().err
+    assert "holds a run of another recipe (files that changed since: " in capsys.readouterr().err
 
 
 def test_a_damaged_file_of_states_is_made_anew(bert, bert_clusters, tmp_path):
@@ -295,7 +295,7 @@ def test_a_changed_input_file_does_not_continue_a_run(empty, bert, bert_clusters
     assert train([empty, *arguments]) == 0
     data.write_text(data.read_text().replace("the", "a"))
     assert train([empty, *arguments]) == 2
-    assert "inputs" in capsys.readouterr().err
+    assert f"(files that changed since: {data})" in capsys.readouterr().err
 
 
 def test_another_recipe_does_not_continue_a_run(empty, bert, bert_clusters, pairs, tmp_path, capsys):

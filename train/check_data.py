@@ -31,7 +31,7 @@ from train.config import OWN_NEGATIVES_TYPES, Recipe, load_recipe
 from train.data import Example, parse_example, text_key, tokenize
 from train.rows import brief
 from train.sampler import Schedule
-from train.sources import DataSet, open_sources
+from train.sources import DataSet, local_files, open_sources
 
 PLACES = 5
 """Rows that are named for each kind of finding."""
@@ -287,6 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             check_output(options.json, options.overwrite)
         recipe = _recipe(options)
+        read = {Path(file).resolve() for source in recipe.data for file in _files(source)}
+        if options.json and Path(options.json).resolve() in read:
+            raise ValueError(f"--json {options.json} is a file of the data: name another file")
         text = text_processor(options.tokenizer, recipe) if options.tokenizer else None
         reports = _reports(recipe, text, options)
         if options.json:
@@ -307,6 +310,14 @@ def _recipe(options: Any) -> Recipe:
     if options.recipe:
         return load_recipe(options.recipe, {**changes, "base": options.tokenizer or "none", "output": "none"})
     return Recipe(base="none", output="none", **{**changes, "data": tuple(options.sources)})
+
+
+def _files(source: str) -> list[str]:
+    """The local files of a source, none where it cannot be read, which its report says."""
+    try:
+        return local_files(source)
+    except (ValueError, OSError):
+        return []
 
 
 def _reports(recipe: Recipe, text: TextProcessor | None, options: Any) -> list[dict[str, Any]]:

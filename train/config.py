@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-import types
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,15 @@ from typing import Any, Literal
 import yaml
 
 from lens.config import Pooling, Positions, Prompt, Transform, check_fields
-from train.fields import typed
+from train.fields import options_of, read_yaml, typed
 
 OWN_NEGATIVES_TYPES = ("symmetric_class", "symmetric_clustering")
 """Another query's passage may share this query's label, so only a query's own negatives count."""
 TYPES = ("retrieval", "only_1neg", "symmetric_sts", *OWN_NEGATIVES_TYPES)
 """Values of a training example's `type`."""
+ALIASES = {"normal": "retrieval"}
+"""Other names of types, which the published data uses."""
+LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,8 @@ class Recipe:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
             object.__setattr__(self, item.name, typed(item.name, getattr(self, item.name), hints[item.name]))
+            if item.name != "seed" and type(getattr(self, item.name)) is int and getattr(self, item.name) > LARGEST:
+                raise ValueError(f"{item.name} must be at most {LARGEST}, found {getattr(self, item.name)}")
         at_least = {
             "group_size": 1, "batch_size": 1, "gradient_accumulation": 1, "top_layers": 1, "lora_r": 1,
             "lora_alpha": 1, "warmup_steps": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
@@ -201,8 +207,10 @@ class Recipe:
         for name in ("temperature", "kd_temperature", "learning_rate", "epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
-        if self.epochs > 1e6 or not 0 <= self.seed < 2**32:
-            raise ValueError(f"epochs must be at most 1e6, seed from 0 to 2**32 - 1; found {self.epochs}, {self.seed}")
+        if self.epochs > 1e6:
+            raise ValueError(f"epochs must be at most 1e6, found {self.epochs}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 4294967295, found {self.seed}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
         if self.max_steps is not None and self.max_steps < 1:
@@ -211,6 +219,9 @@ class Recipe:
             raise ValueError(f"device must be cpu, cuda or mps; found {self.device!r}")
         if not self.data:
             raise ValueError("data must name at least one file")
+        for source in self.data:
+            if self.data.count(source) > 1:
+                raise ValueError(f"data names {source} twice: name it once, with data_weights to see it more often")
         self._check_data()
         if self.backbone == "frozen":
             if not self.train_head and self.transform in (None, "none"):
@@ -268,9 +279,16 @@ class Recipe:
                 f"found {list(weights)}"
             )
         for name in ("type_group_size", "type_batch_size"):
-            for kind, size in (getattr(self, name) or {}).items():
+            sizes = getattr(self, name) or {}
+            for alias in ALIASES.keys() & sizes.keys():
+                if ALIASES[alias] in sizes:
+                    raise ValueError(f"{name}: {alias} and {ALIASES[alias]} are one type: keep one")
+                sizes = {ALIASES.get(kind, kind): size for kind, size in sizes.items()}
+                object.__setattr__(self, name, sizes)
+            for kind, size in sizes.items():
                 if kind not in TYPES:
-                    raise ValueError(f"{name}: unknown type {kind!r}; types are {', '.join(TYPES)}")
+                    near = "".join(f"; did you mean {t}?" for t in difflib.get_close_matches(kind, TYPES, 1, 0.3))
+                    raise ValueError(f"{name}: unknown type {kind!r}; types are {', '.join(TYPES)}{near}")
                 least = 2 if name == "type_group_size" and kind in OWN_NEGATIVES_TYPES else 1
                 if size < least:
                     raise ValueError(f"{name}: {kind} must be at least {least}, found {size}")
@@ -315,16 +333,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises FileNotFoundError, or ValueError naming the file and the field: unknown (with the nearest name), of the
     wrong type, missing, or contradicting another.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected fields and values, found {type(values).__name__}")
-    values = {**values, **(overrides or {})}
+    values = {**read_yaml(Path(path)), **(overrides or {})}
     fields = dataclasses.fields(Recipe)
     try:
         check_fields(map(str, values), [item.name for item in fields], "recipe")
@@ -342,7 +351,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     texts and paths are taken as they stand (`null` and, for lists, `[]` excepted).
 
     Several values make a list. `--local_rank`, which launchers add, is dropped. Raises ValueError for a value
-    without a field and a field without a value.
+    without a field, a field without a value, a list that is given twice, and `-field` with one dash.
     """
     overrides: dict[str, Any] = {}
     name: str | None = None
@@ -351,7 +360,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if argument.startswith("--"):
             name, separator, value = argument[2:].partition("=")
             name = name.replace("-", "_")
-            values[name] = [_value(name, value)] if separator else []
+            if not name:
+                raise ValueError(f"{argument!r} names no field")
+            if name in values and any(typing.get_origin(option) in (tuple, dict) for option in _options(name)):
+                raise ValueError(f"--{name} is given twice: give it once, with all values after it")
+            values[name] = [_value(name, value)] if separator and value else []
+        elif re.match("-[A-Za-z]", argument) and argument != "-inf":
+            raise ValueError(f"{argument!r} begins with one dash, fields with two: --{argument[1:]}")
         elif name is None:
             raise ValueError(f"{argument!r} follows no --field")
         else:
@@ -367,8 +382,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _value(name: str, text: str) -> Any:
     """A command-line value by its field's type: paths and names stay as they are, whatever YAML would make of them."""
-    hint = typing.get_type_hints(Recipe).get(name, str)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    options = _options(name)
     if text == "null" and type(None) in options:
         return None
     if text == "[]" and any(typing.get_origin(option) is tuple for option in options):
@@ -379,3 +393,8 @@ def _value(name: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def _options(name: str) -> tuple[Any, ...]:
+    """The types that a field of the recipe accepts; a string for a name that is none."""
+    return options_of(typing.get_type_hints(Recipe).get(name, str))

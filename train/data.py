@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from lens.files import read_tensors
 from lens.text import TextProcessor, Tokens, token_batches
-from train.config import OWN_NEGATIVES_TYPES, TYPES
+from train.config import ALIASES, OWN_NEGATIVES_TYPES, TYPES
 from train.sampler import Schedule
 
 # Legend: Q queries of one rank's share of a batch, P passages per query, T tokens of all texts, D hidden size.
@@ -64,7 +64,7 @@ def parse_example(row: Mapping[str, Any], group_size_of: Callable[[str], int] | 
     if not pos:
         raise ValueError("`pos` must hold at least one text")
     prompt, kind = row.get("prompt"), row.get("type") or "retrieval"
-    kind = "retrieval" if kind == "normal" else kind
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in TYPES:
         raise ValueError(f"`type` must be one of {', '.join(TYPES)}; found {kind!r:.80}")
     if group_size_of is not None:

@@ -109,6 +109,8 @@ class Stream:
     def __init__(self, url: str, block_size: int) -> None:
         self.url, self.block_size = url, block_size
         self.parquet = url.endswith(".parquet")
+        if url.endswith(".json") and Path(url).is_file() and _is_array(url):
+            raise ValueError(f"{url} is one JSON array, which cannot be streamed: write an object a line (.jsonl)")
         if self.parquet:
             with _parquet(url) as file:
                 self.size = int(file.metadata.num_rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -22,6 +23,9 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import lens  # noqa: F401  before transformers, so that bitsandbytes, which that imports, is kept quiet
+
+# isort: split
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
@@ -114,7 +118,7 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     known = ("tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "trackio", "swanlab", "neptune")
     for tracker in recipe.report_to:
         if tracker not in known:
-            raise ValueError(f"report_to must name trackers of {', '.join(known)}; found {tracker!r}")
+            raise ValueError(f"report_to must name trackers of {', '.join(known)}, or be []; found {tracker!r}")
         if importlib.util.find_spec(tracker) is None:
             raise ImportError(f"report_to: {tracker} is not installed; run: pip install {tracker}")
     sources = read_sources(recipe)
@@ -204,7 +208,9 @@ def check_run(recipe: Recipe, output: Path) -> str:
     before = {**defaults, **before}
     changed = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
     if changed:
-        pairs = ", ".join(f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in changed)
+        said = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in changed if name != "inputs"]
+        said += [_changed_files(before.get("inputs") or {}, now["inputs"])] if "inputs" in changed else []
+        pairs = ", ".join(said)
         raise ValueError(f"{output} holds a run of another recipe ({pairs}): choose another output or remove it")
     if not recipe.resume:
         raise FileExistsError(f"{output} holds a run already and resume is false: choose another output or remove it")
@@ -225,8 +231,28 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
     return {name: _digest(Path(name)) for name in files}
 
 
+def _changed_files(before: dict[str, str], now: dict[str, str], shown: int = 5) -> str:
+    """The files that changed, appeared or vanished between two results of `inputs_of`."""
+    lists = {
+        "appeared": [name for name in now if name not in before],
+        "vanished": [name for name in before if name not in now],
+        "changed": [name for name in now if name in before and before[name] != now[name]],
+    }
+    said = []
+    for verb, names in lists.items():
+        if names:
+            more = f" and {len(names) - shown} more" if len(names) > shown else ""
+            said.append(f"files that {verb} since: {' '.join(names[:shown])}{more}")
+    return ", ".join(said)
+
+
 def _digest(path: Path) -> str:
-    size = path.stat().st_size
+    stat = path.stat()
+    return _digest_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache  # a resumed run asks three times
+def _digest_of(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         if size <= 1 << 30:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -238,6 +264,11 @@ def _digest(path: Path) -> str:
 def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
     """The Trainer's settings; raises ValueError when batch_size cannot be shared out among the ranks."""
     recipe.check_ranks(world_size)
+    if recipe.revision is not None and Path(recipe.base).expanduser().is_dir():
+        raise ValueError(
+            f"revision={recipe.revision} contradicts base={recipe.base}, a local folder, which has no revisions: set "
+            "revision: null, or name the base by its hub id"
+        )
     config = None
     if recipe.deepspeed is not None:
         config = deepspeed_config(recipe.deepspeed)

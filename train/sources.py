@@ -102,6 +102,7 @@ def read_examples(path: str | Path, group_size: int | None = None) -> DataSet:
     """One training file; raises ValueError "FILE:LINE: ..." for a row that training could not use."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"training file {path} does not exist")
+    check_form(str(path))
     group_size_of = None if group_size is None else partial(_constant, group_size)
     examples = DataSet(str(path), [local_rows(str(path))], group_size_of)
     examples.validate()
@@ -130,6 +131,12 @@ def open_sources(recipe: Recipe) -> list[DataSet]:
     return found
 
 
+def check_form(path: str) -> None:
+    """Raises ValueError for a file that by its name is no form of training data."""
+    if not path.endswith(SUFFIXES):
+        raise ValueError(f"training file {path} is none of {', '.join(SUFFIXES)}: convert it, or rename it")
+
+
 def local_files(source: str) -> list[str]:
     """The files of a source on this machine, none for a data set of the hub."""
     return [file for _, files in _local_sets(source) for file in files] if Path(source).exists() else []
@@ -150,7 +157,10 @@ def _local_sets(source: str) -> list[tuple[str, list[str]]]:
     """(name, files) of a file or folder: in a folder each file, all shards NAME-00000-of-00003 together, and each
     sub-folder is a data set; `data`, where the hub keeps its files, counts as the folder itself."""
     if Path(source).is_file():
+        check_form(source)
         return [(source, [source])]
+    if not Path(source).is_dir():
+        raise ValueError(f"training data {source} is neither a file nor a folder")
     sets: dict[str, list[str]] = {}
     for entry in sorted(Path(source).iterdir()):
         if entry.name.startswith("."):
