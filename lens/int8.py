@@ -61,6 +61,8 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """x (..., I) float32 -> x W^T + b (..., O) float32, multiplied in 8 bits."""
 
+    bias: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -108,7 +110,7 @@ class _Int8Logits:
             yield slice(start, min(start + self.weight.width, len(self.weight)))
 
     def __call__(self, part: slice, columns: slice) -> Tensor:
-        product = self.weight.pieces[columns.start // self.weight.width](self.tokens[part])
+        product: Tensor = self.weight.pieces[columns.start // self.weight.width](self.tokens[part])
         return product.mul_(self.scales[part])
 
 
