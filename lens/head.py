@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,10 @@ from lens.config import LensConfig, Pooling
 
 # Legend: B texts, L tokens, T pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
 
-Backend = Literal["auto", "eager", "chunked"]
+Backend = Literal["auto", "eager", "chunked", "triton"]
 
+_HAS_TRITON = find_spec("triton") is not None  # found, not imported
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at a time in the chunked backend: 64 MB of float32
 
 
@@ -44,16 +47,21 @@ def lexical_pool(
     Shapes: hidden (B, L, D) with mask (B, L), true where pooled (None: everywhere); or packed hidden (T, D) with
     cu_seqlens (B+1,), the offsets of the texts. weight (K, D), bias (K,). Returns (B, K) float32, differentiable
     in hidden, weight and bias; a text without pooled positions gets zeros. `eager` is the readable reference and
-    holds all B*L*K logits; `chunked` holds 64 MB of them at most and keeps none for the backward pass.
-    Raises ValueError for shapes that do not fit together and for unknown names.
+    holds all B*L*K logits; `chunked` holds 64 MB of them at most and keeps none for the backward pass; `triton` keeps
+    them in a GPU's registers, never waits for the GPU, and so does not check what is in cu_seqlens. `auto` takes it
+    for float16, bfloat16 and float32 on CUDA devices from compute capability 8.0 on.
+    Raises ValueError for shapes that do not fit together, for unknown names, and for tensors that triton cannot take;
+    ImportError for backend="triton" where triton is not installed.
     """
     _check(hidden, weight, bias, mask, cu_seqlens)
     if pooling not in ("max", "sum", "last"):
         raise ValueError(f"pooling must be max, sum or last; found {pooling!r}")
-    if backend not in ("auto", "eager", "chunked"):
-        raise ValueError(f"backend must be auto, eager or chunked; found {backend!r}")
+    if backend not in ("auto", "eager", "chunked", "triton"):
+        raise ValueError(f"backend must be auto, eager, chunked or triton; found {backend!r}")
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
+    if pooling != "last" and (backend == "triton" or (backend == "auto" and _triton_fits(hidden))):
+        return _triton(hidden, weight, bias, mask, cu_seqlens, pooling)
     rows, lengths = _rows(hidden, mask, cu_seqlens)
     if pooling == "last":
         return _last(rows, lengths, weight, bias)
@@ -139,6 +147,37 @@ def _chunked_sum(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor 
         for c in _column_chunks(len(rows), len(weight))
     ]
     return torch.cat(parts, dim=1)  # (B, K)
+
+
+def _triton_fits(hidden: Tensor) -> bool:
+    return (
+        hidden.is_cuda
+        and hidden.dtype in _TRITON_DTYPES
+        and _HAS_TRITON
+        and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    )
+
+
+def _triton(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, pooling: Pooling
+) -> Tensor:
+    if not _HAS_TRITON:
+        raise ImportError("backend='triton' needs triton: pip install triton, or take backend='auto'")
+    if hidden.dtype not in _TRITON_DTYPES:
+        raise ValueError(f"backend='triton' takes float16, bfloat16 and float32; found {hidden.dtype}: cast, or 'auto'")
+    from lens import triton_pool
+
+    if not (hidden.is_cuda or triton_pool.INTERPRETED):
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors; found {hidden.device}: move them, take backend='auto', "
+            "or set TRITON_INTERPRET=1 before Python starts, which is slow and for tests"
+        )
+    lengths = None
+    if cu_seqlens is None:
+        hidden, cu_seqlens, lengths = triton_pool.flat(hidden, mask)
+    if pooling == "sum":
+        return triton_pool.sum_pool(hidden, weight, bias, cu_seqlens, lengths)
+    return activate(triton_pool.max_pool(hidden, weight, bias, cu_seqlens, lengths))
 
 
 class _MaxLogits(torch.autograd.Function):
