@@ -157,7 +157,7 @@ def _max_d_rows(gradient: Tensor, argmax: Tensor, rows: Tensor, weight: Tensor, 
     # Sorted, each row's clusters lie together. Odd keys are rows, even ones end a text: the flat keys rise throughout.
     keys = torch.where(gradient != 0, 2 * argmax.to(dtype) + 1, 2 * ends.to(dtype)[:, None])
     keys, clusters = torch.sort(keys, dim=1, stable=True)
-    wanted = torch.arange(1, 2 * total, 2, dtype=dtype, device=rows.device)
+    wanted = 2 * torch.arange(total, dtype=dtype, device=rows.device) + 1
     starts = torch.searchsorted(keys.flatten(), wanted)
     stops = torch.searchsorted(keys.flatten(), wanted, right=True)
     return _add_chosen(weight, clusters.int(), gradient.gather(1, clusters), starts, stops)
