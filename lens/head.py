@@ -159,7 +159,12 @@ def _triton_fits(hidden: Tensor) -> bool:
 
 
 def _triton(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, pooling: Pooling
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pooling: Pooling,
 ) -> Tensor:
     if not _HAS_TRITON:
         raise ImportError("backend='triton' needs triton: pip install triton, or take backend='auto'")

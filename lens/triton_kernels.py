@@ -31,7 +31,8 @@ _TILES = _TILES[:1] if INTERPRETED else _TILES  # the interpreter has no clock t
 
 @triton.jit
 def _logits(
-    a, a_row, b, b_row, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+    a, a_row, b, b_row,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows a_row (A,) of a times rows b_row (B,) of b, given as offsets of their first element -> (A, B) float32."""
     product = tl.zeros((A, B), dtype=tl.float32)

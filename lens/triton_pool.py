@@ -94,14 +94,45 @@ def _slots(rows: int, texts: int) -> int:
     return max(by_length, 128 >> min(texts.bit_length() - 1, 3))
 
 
+def _processors(tensor: Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
+def _pieces(rows: Tensor, texts: int, clusters: int) -> int:
+    """Into how many pieces of 256 rows or more few long texts are cut, so that every processor gets two programs."""
+    programs = -(-clusters // 128) * -(-texts * _slots(len(rows), texts) // 128)
+    return max(1, min(2 * _processors(rows) // programs, len(rows) // texts // 256))
+
+
 def _pool(
     rows: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, ends: Tensor, summed: bool, argmax: bool
 ) -> tuple[Tensor, Tensor]:
+    """Values (B, K) and argmax (B, K), empty unless wanted."""
     texts, clusters = len(starts), len(weight)
-    values = rows.new_full((texts, clusters), 0.0 if summed else -torch.inf, dtype=torch.float32)
-    winners = torch.full((texts, clusters) if argmax else (0,), -1, dtype=torch.int32, device=rows.device)
-    if len(rows) == 0 or values.numel() == 0:
-        return values, winners
+    if len(rows) == 0 or texts == 0 or clusters == 0:
+        values = rows.new_full((texts, clusters), 0.0 if summed else -torch.inf, dtype=torch.float32)
+        return values, torch.full((texts, clusters) if argmax else (0,), -1, dtype=torch.int32, device=rows.device)
+    pieces = _pieces(rows, texts, clusters)
+    if pieces == 1:
+        return _launch(rows, weight, bias, starts, ends, summed, argmax)
+    share = (ends - starts).clamp(min=0)[:, None] * torch.arange(pieces + 1, device=rows.device) // pieces
+    bounds = (starts[:, None] + share).int()  # (B, pieces + 1)
+    values, winners = _launch(
+        rows, weight, bias, bounds[:, :-1].flatten(), bounds[:, 1:].flatten(), summed, argmax
+    )  # (B * pieces, K)
+    values = values.view(texts, pieces, clusters)
+    if summed:
+        return values.sum(1), winners
+    greatest, piece = values.max(1)  # of equal ones the first
+    return greatest, winners.view(values.shape).gather(1, piece[:, None])[:, 0] if argmax else winners
+
+
+def _launch(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, ends: Tensor, summed: bool, argmax: bool
+) -> tuple[Tensor, Tensor]:
+    texts, clusters = len(starts), len(weight)
+    values = rows.new_empty((texts, clusters), dtype=torch.float32)
+    winners = rows.new_empty((texts, clusters) if argmax else (0,), dtype=torch.int32)
     rows, weight = _unit_stride(rows), _unit_stride(weight)
     order = torch.argsort(ends - starts, descending=True, stable=True)  # texts of one tile are of similar length
     slots = _slots(len(rows), texts)

@@ -16,6 +16,9 @@ from lens.head import lexical_pool
 
 CASES = Path(__file__).with_name("triton_cases.py")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: Linux only")
+not_interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled"
+)
 
 
 def run(arguments, **environment):
@@ -50,6 +53,7 @@ CONSTANTS = {"WIDTH": 100, "SLOTS": 32, "HAS_BIAS": True, "PRECISION": "ieee", "
 
 
 @needs_triton
+@not_interpreted
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("name", "dtype", "changes"),
@@ -90,8 +94,8 @@ def test_triton_is_not_imported_before_it_is_used():
 
 def test_refused_with_the_remedy(monkeypatch):
     hidden, weight = torch.zeros(1, 2, 3), torch.zeros(4, 3)
+    monkeypatch.setattr(head, "_HAS_TRITON", True)
     with pytest.raises(ValueError, match="takes float16, bfloat16 and float32; found torch.float64"):
-        monkeypatch.setattr(head, "_HAS_TRITON", True)
         lexical_pool(hidden.double(), weight, backend="triton")
     monkeypatch.setattr(head, "_HAS_TRITON", False)
     with pytest.raises(ImportError, match="pip install triton"):
@@ -99,7 +103,7 @@ def test_refused_with_the_remedy(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+@not_interpreted
 def test_cpu_tensors_are_refused():
     with pytest.raises(ValueError, match="needs CUDA tensors; found cpu"):
         lexical_pool(torch.zeros(1, 2, 3), torch.zeros(4, 3), backend="triton")
