@@ -9,7 +9,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +27,21 @@ from lens.config import LensConfig, Pooling
 
 Backend = Literal["auto", "eager", "chunked", "triton"]
 
-_HAS_TRITON = find_spec("triton") is not None  # found, not imported
+
+def _missing_for_triton() -> str:
+    """What triton lacks on this machine, nothing being imported; it compiles a C module when it first runs a kernel."""
+    if find_spec("triton") is None:
+        return "triton: pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler: install gcc"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "Python's C headers: install python3-dev"
+    return ""
+
+
+_TRITON_LACKS = _missing_for_triton()
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at a time in the chunked backend: 64 MB of float32
 
@@ -51,7 +69,7 @@ def lexical_pool(
     them in a GPU's registers, never waits for the GPU, and so does not check what is in cu_seqlens. `auto` takes it
     for float16, bfloat16 and float32 on CUDA devices from compute capability 8.0 on.
     Raises ValueError for shapes that do not fit together, for unknown names, and for tensors that triton cannot take;
-    ImportError for backend="triton" where triton is not installed.
+    ImportError for backend="triton" where triton or what it needs is not installed.
     """
     _check(hidden, weight, bias, mask, cu_seqlens)
     if pooling not in ("max", "sum", "last"):
@@ -153,7 +171,7 @@ def _triton_fits(hidden: Tensor) -> bool:
     return (
         hidden.is_cuda
         and hidden.dtype in _TRITON_DTYPES
-        and _HAS_TRITON
+        and not _TRITON_LACKS
         and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
     )
 
@@ -166,8 +184,8 @@ def _triton(
     cu_seqlens: Tensor | None,
     pooling: Pooling,
 ) -> Tensor:
-    if not _HAS_TRITON:
-        raise ImportError("backend='triton' needs triton: pip install triton, or take backend='auto'")
+    if _TRITON_LACKS:
+        raise ImportError(f"backend='triton' needs {_TRITON_LACKS}, or take backend='auto'")
     if hidden.dtype not in _TRITON_DTYPES:
         raise ValueError(f"backend='triton' takes float16, bfloat16 and float32; found {hidden.dtype}: cast, or 'auto'")
     from lens import triton_pool

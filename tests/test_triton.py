@@ -94,17 +94,31 @@ def test_triton_is_not_imported_before_it_is_used():
 
 def test_refused_with_the_remedy(monkeypatch):
     hidden, weight = torch.zeros(1, 2, 3), torch.zeros(4, 3)
-    monkeypatch.setattr(head, "_HAS_TRITON", True)
+    monkeypatch.setattr(head, "_TRITON_LACKS", "")
     with pytest.raises(ValueError, match="takes float16, bfloat16 and float32; found torch.float64"):
         lexical_pool(hidden.double(), weight, backend="triton")
-    monkeypatch.setattr(head, "_HAS_TRITON", False)
+    monkeypatch.setattr(head, "_TRITON_LACKS", "triton: pip install triton")
     with pytest.raises(ImportError, match="pip install triton"):
         lexical_pool(hidden, weight, backend="triton")
 
 
+@not_interpreted
+def test_what_triton_lacks_is_named(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(head, "find_spec", lambda name: None)
+    assert head._missing_for_triton() == "triton: pip install triton"
+    monkeypatch.setattr(head, "find_spec", lambda name: name)
+    monkeypatch.setattr(head.shutil, "which", lambda name: None)
+    assert head._missing_for_triton() == "a C compiler: install gcc"
+    monkeypatch.setattr(head.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(head.sysconfig, "get_path", lambda *names: "/nowhere")
+    assert head._missing_for_triton() == "Python's C headers: install python3-dev"
+
+
 @needs_triton
 @not_interpreted
-def test_cpu_tensors_are_refused():
+def test_cpu_tensors_are_refused(monkeypatch):
+    monkeypatch.setattr(head, "_TRITON_LACKS", "")
     with pytest.raises(ValueError, match="needs CUDA tensors; found cpu"):
         lexical_pool(torch.zeros(1, 2, 3), torch.zeros(4, 3), backend="triton")
 
@@ -117,7 +131,7 @@ def test_chosen_for_cuda_tensors_that_fit(monkeypatch):
             self.is_cuda, self.dtype, self.device = is_cuda, dtype, "cuda:0"
 
     capability = [(9, 0)]
-    monkeypatch.setattr(head, "_HAS_TRITON", True)
+    monkeypatch.setattr(head, "_TRITON_LACKS", "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     assert head._triton_fits(Hidden())
     assert not head._triton_fits(Hidden(is_cuda=False))
@@ -126,5 +140,5 @@ def test_chosen_for_cuda_tensors_that_fit(monkeypatch):
     assert not head._triton_fits(Hidden())
     capability[0] = (8, 0)
     assert head._triton_fits(Hidden(dtype=torch.float32))
-    monkeypatch.setattr(head, "_HAS_TRITON", False)
+    monkeypatch.setattr(head, "_TRITON_LACKS", "a C compiler: install gcc")
     assert not head._triton_fits(Hidden())

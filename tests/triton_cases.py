@@ -50,7 +50,7 @@ def compare(leaves, **options):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert ours.dtype == (torch.float32 if theirs is exact[0] else dtype)
-            atol = TOLERANCE[dtype] * max(float(theirs.abs().max()), 1.0)
+            atol = TOLERANCE[dtype] * max(float(theirs.abs().max()) if theirs.numel() else 0.0, 1.0)
             torch.testing.assert_close(ours.double(), theirs.double(), rtol=TOLERANCE[dtype], atol=atol)
 
 
@@ -59,7 +59,7 @@ def compare(leaves, **options):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_dtypes(dtype, pooling, with_bias):
     lengths = [3, 0, 1, 50]
-    hidden, weight, bias = case(lengths, 150, 72, dtype)
+    hidden, weight, bias = case(lengths, 130, 72, dtype)
     compare([hidden, weight, bias if with_bias else None], cu_seqlens=offsets(lengths), pooling=pooling)
 
 
