@@ -251,7 +251,7 @@ def page(content: dict[str, Any]) -> list[str]:
         f"Versions: {listed(content['versions'])}. Medians of {content['rounds']} rounds in turn (least to most).",
         "",
         f"{content['texts']} texts ({', '.join(content['sources'])}; a third queries), cut at {content['length']} "
-        f"tokens: {content['tokens']:,} tokens, half of the texts between {lengths['p25']} and {lengths['p75']}. Models "
+        f"tokens: {content['tokens']:,} tokens, half the texts between {lengths['p25']} and {lengths['p75']}. Models "
         "and weights are the same on both sides; vectors differ by at most "
         f"{max(content['apart'].values()):.0e}. MB is what is held beyond the loaded model at the peak.",
         "",

@@ -9,19 +9,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lens import chunked
+from lens.backends import Backend, choose
 from lens.config import LensConfig, Pooling
 from lens.int8 import Int8Rows
 
 # Legend: B texts, L tokens, T pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
-
-Backend = Literal["auto", "eager", "chunked"]
 
 
 def activate(logits: Tensor) -> Tensor:
@@ -43,18 +40,22 @@ def lexical_pool(
     Shapes: hidden (B, L, D) with mask (B, L), true where pooled (None: everywhere); or packed hidden (T, D) with
     cu_seqlens (B+1,), the offsets of the texts. weight (K, D), bias (K,). Returns (B, K) float32, differentiable
     in hidden, weight and bias; a text without pooled positions gets zeros. `eager` is the readable reference and
-    holds all B*L*K logits; `chunked` holds one block of them, forward and backward (see lens/chunked.py).
-    Raises ValueError for shapes that do not fit together and for unknown names.
+    holds all B*L*K logits; `chunked` holds one block of them, forward and backward (see lens/chunked.py); `triton`
+    keeps them in a GPU's registers, never waits for the GPU, and so does not check what is in cu_seqlens. `auto` takes
+    it for float16, bfloat16 and float32 on CUDA devices from compute capability 8.0 on, else `chunked`.
+    Raises ValueError for shapes that do not fit together, for unknown names, and for tensors that triton cannot take;
+    ImportError for backend="triton" where triton or what it needs is not installed.
     """
     _check(hidden, weight, bias, mask, cu_seqlens)
     if pooling not in ("max", "sum", "last"):
         raise ValueError(f"pooling must be max, sum or last; found {pooling!r}")
-    if backend not in ("auto", "eager", "chunked"):
-        raise ValueError(f"backend must be auto, eager or chunked; found {backend!r}")
+    backend = choose(backend, hidden)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
+    if backend == "triton" and pooling != "last":
+        return _triton(hidden, weight, bias, mask, cu_seqlens, pooling)
     rows, lengths = _rows(hidden, mask, cu_seqlens)
     if pooling == "last":
         return _last(rows, lengths, weight, bias)
@@ -120,6 +121,24 @@ def last_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     ends = (cu_seqlens[1:] - 1)[filled]
     empty = rows.new_zeros(len(filled), rows.shape[1])
     return empty.masked_scatter(filled[:, None], rows[ends])
+
+
+def _triton(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pooling: Pooling,
+) -> Tensor:
+    from lens import triton_pool
+
+    lengths = None
+    if cu_seqlens is None:
+        hidden, cu_seqlens, lengths = triton_pool.flat(hidden, mask)
+    if pooling == "sum":
+        return triton_pool.sum_pool(hidden, weight, bias, cu_seqlens, lengths)
+    return activate(triton_pool.max_pool(hidden, weight, bias, cu_seqlens, lengths))
 
 
 def whitened(weight: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ set_up() { # set_up EXTRA...: the environment has these extras of the package; n
     fi
   fi
   [[ -x $VENV/bin/python ]] || find_python
-  check_disk "$(has_gpu && echo 9 || echo 3)"
+  check_disk "$(has_gpu && echo 9 || echo 4)"
   take_lock
   make_venv
   wanted=$have

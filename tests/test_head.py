@@ -143,7 +143,7 @@ def test_bfloat16_stays_near_float32():
         ({"bias": torch.zeros(4)}, r"bias must be \(5,\)"),
         ({"mask": torch.ones(2, 2)}, r"mask must be \(2, 3\)"),
         ({"pooling": "mean"}, "max, sum or last"),
-        ({"backend": "fast"}, "auto, eager or chunked"),
+        ({"backend": "fast"}, "auto, eager, chunked or triton"),
         ({"hidden": torch.zeros(6, 4), "cu_seqlens": torch.tensor([0, 5])}, "rise from 0 to T=6"),
     ],
 )
