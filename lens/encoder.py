@@ -20,8 +20,9 @@ from lens.backbone import resolve_device
 from lens.compat import is_released, load_released
 from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, fetch, load_model
+from lens.packed import can_pack
 from lens.quantized import Quantization
-from lens.text import Kind, TextProcessor, check_texts, token_batches
+from lens.text import Kind, TextProcessor, Tokens, check_texts, token_batches
 from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
 
 # Legend: N texts, K clusters.
@@ -54,8 +55,14 @@ class LENS:
     """
 
     def __init__(
-        self, model: LensModel, tokenizer: Any, device: str | torch.device | None = None, compile: bool = False
+        self,
+        model: LensModel,
+        tokenizer: Any,
+        device: str | torch.device | None = None,
+        compile: bool = False,
+        packed: bool | None = None,
     ) -> None:
+        self.packed = packed
         self.device = resolve_device(device)
         self.model = model.to(self.device).eval()
         if compile:
@@ -76,6 +83,7 @@ class LENS:
         whiten: bool = False,
         quantization: Quantization | None = None,
         compile: bool = False,
+        packed: bool | None = None,
         **config: Any,
     ) -> LENS:
         """An untrained model from a backbone (folder or hub id) and a clusters folder (None: full vocabulary head).
@@ -89,7 +97,7 @@ class LENS:
         model, tokenizer = build_model(
             os.fspath(backbone), clusters, kind, attn_implementation, whiten, where, quantization, **config
         )
-        return cls(model, tokenizer, where, compile)
+        return cls(model, tokenizer, where, compile, packed)
 
     def save(self, path: str | os.PathLike[str], include_backbone: bool = False, overwrite: bool = False) -> None:
         """Writes the artifact (see lens.model), atomically; sentence-transformers loads it too.
@@ -140,7 +148,8 @@ class LENS:
 
         `kind` chooses prompt and maximum length; `instruction` is attended to, not pooled. `dims` keeps those
         columns, `top_k` the largest values of each row; normalised models are normalised again after either.
-        `batch_tokens` bounds the padded tokens of one batch. A text without tokens gives a zero row.
+        `batch_tokens` bounds the tokens of one batch, padding included where there is any. A text without tokens gives
+        a zero row.
         Raises TypeError or ValueError naming the offending text or option.
         """
         texts = check_texts(texts)
@@ -160,14 +169,15 @@ class LENS:
             raise ValueError(f"batch_tokens must be at least 1 token, found {batch_tokens}")
         width = self.config.dimensions if columns is None else len(columns)
         tokens = self.text(texts, kind, instruction)
-        batches = token_batches([len(item.ids) for item in tokens], budget)
+        packed = self._packs()
+        batches = token_batches([len(item.ids) for item in tokens], budget, packed)
         if show_progress is None:
             show_progress = len(batches) >= _PROGRESS_BATCHES
         parts: list[Any] = []
         dense = None if output == "csr" else torch.zeros(len(texts), width)
         with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
             for batch in batches:
-                embeddings = self._embed([tokens[i] for i in batch])
+                embeddings = self._embed([tokens[i] for i in batch], packed)
                 embeddings = prune(embeddings, columns, top_k, self.config.normalize).cpu()
                 if dense is None:
                     parts.append(to_csr(embeddings))
@@ -182,11 +192,16 @@ class LENS:
         restored[[i for batch in batches for i in batch]] = np.arange(len(texts))
         return scipy.sparse.vstack(parts, format="csr")[restored]
 
-    def _embed(self, tokens: Sequence[Any]) -> Tensor:
-        batch = self.text.collate(tokens)
-        embeddings: Tensor = self.model(
-            batch.input_ids.to(self.device), batch.attention_mask.to(self.device), batch.pool_mask.to(self.device)
-        )
+    def _packs(self) -> bool:
+        """Whether texts go through the backbone without padding."""
+        if self.packed is False:
+            return False
+        longest = max(self.config.query_max_length, self.config.document_max_length)
+        return can_pack(self.model.backbone, longest, required=self.packed is True)
+
+    def _embed(self, tokens: Sequence[Tokens], packed: bool) -> Tensor:
+        batch = self.text.pack(tokens) if packed else self.text.collate(tokens)
+        embeddings: Tensor = self.model(**batch.inputs(self.device))
         if not bool(torch.isfinite(embeddings).all()):
             raise FloatingPointError(
                 f"embeddings hold NaN or infinite values in {self.model.head.weight.dtype}; "
@@ -248,6 +263,7 @@ def load(
     compat: Compat | None = None,
     quantization: Quantization | None = None,
     compile: bool = False,
+    packed: bool | None = None,
 ) -> LENS:
     """Loads a model from a folder or a hub id, on cuda, mps or cpu (the first there is), in eval mode.
 
@@ -255,6 +271,7 @@ def load(
     `attn_implementation` is sdpa, eager, flex_attention, flash_attention_2, flash_attention_3 or a kernel of the hub
     (org/name); None leaves the choice to transformers. `quantization` ("4bit", "8bit") quantises the backbone while it
     is read, with bitsandbytes. `compile` compiles its layers, at the first texts, which pays on GPUs for many texts.
+    `packed` lays texts one after another without padding: False never, True or an error, None where the backbone can.
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
     docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
@@ -269,7 +286,7 @@ def load(
         raise ValueError(f"compat={compat!r} is for checkpoints of the released LENS code, and {folder} is none")
     else:
         model, tokenizer = load_model(folder, kind, base, None, attn_implementation, where, quantization)
-    return LENS(model, tokenizer, where, compile)
+    return LENS(model, tokenizer, where, compile, packed)
 
 
 def encode(
