@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -33,6 +32,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lens.attention import is_flash
 from lens.backbone import bare_model, hidden_states, position_limit
 from lens.quantized import exact_rows
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # torch < 2.10
+    varlen = None  # type: ignore[assignment]
 
 # Legend: B texts, L tokens of a text, T tokens of all texts, D hidden size, H attention heads, E size of a head.
 
@@ -96,9 +100,9 @@ def pooled_rows(states: Tensor, pool_mask: Tensor, cu_seqlens: Tensor) -> tuple[
 
 def _run(backbone: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
     bare: Any = bare_model(backbone)
-    if len(input_ids) == 0:
+    if len(input_ids) == 0:  # texts without any token
         weight = next(backbone.parameters())
-        return weight.new_zeros(0, bare.config.hidden_size)
+        return torch.zeros(0, bare.config.hidden_size, dtype=weight.dtype, device=weight.device)
     takes = inspect.signature(bare.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if "position_ids" in takes:
@@ -122,7 +126,8 @@ def _positions(bare: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor
     # RoBERTa and its relatives count from padding_idx + 1, and only tokens that are not the padding token.
     counted = input_ids != padding
     before = F.pad(counted.cumsum(0), (1, 0))
-    return (before[1:] - before[starts]) * counted + padding
+    positions: Tensor = (before[1:] - before[starts]) * counted + padding
+    return positions
 
 
 def packed_attention(
@@ -155,16 +160,20 @@ def packed_attention(
         offsets, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
         rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (T, heads, E)
         window = (reach, 0 if causal else reach)
-        states = varlen_attn(
-            *rows, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=True
-        )
+        kernel: Any = varlen.varlen_attn
+        states = kernel(*rows, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=True)
         return states[None], None
     return _attend_by_length(module, query, key, value, attention_mask, dropout, scaling, causal, sliding_window), None
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether torch's own flash attention takes these tensors with texts of any length."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or torch.version.hip:
+    if (
+        varlen is None
+        or query.device.type != "cuda"
+        or query.dtype not in (torch.float16, torch.bfloat16)
+        or torch.version.hip
+    ):
         return False
     size = query.shape[3]
     return (
@@ -175,7 +184,7 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
     )
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_by_length(
     module: nn.Module,
     query: Tensor,
@@ -197,7 +206,7 @@ def _attend_by_length(
         raise ValueError(f"the offsets of packed texts end at {sum(sizes)}, but there are {query.shape[2]} tokens")
     parts = []
     # Split, not sliced: the gradients of slices would each fill a tensor of the whole's size.
-    for (count, length), *states in zip(runs, *(x.split(sizes, 2) for x in (query, key, value)), strict=True):
+    for (count, length), *states in zip(runs, *(torch.split(x, sizes, 2) for x in (query, key, value)), strict=True):
         if count > 1:  # (1, heads, count * L, E) -> (count, heads, L, E)
             states = [x.unflatten(2, (count, length))[0].transpose(0, 1) for x in states]
         mask = None
@@ -267,7 +276,7 @@ def _same_as_padded(backbone: nn.Module, weight: Tensor, lengths: Sequence[int])
     total, rows = sum(lengths), weight.shape[0]
     ids = (torch.arange(total, device=weight.device) * 7 + 5) % rows
     cu_seqlens = torch.tensor([0, *lengths], device=weight.device).cumsum(0)
-    texts = ids.split(list(lengths))
+    texts = torch.split(ids, list(lengths))
     mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     expected = hidden_states(backbone, pad_sequence(list(texts), batch_first=True), mask)[mask.bool()].double()
     found = _run(backbone, ids, cu_seqlens, max(lengths)).double()
