@@ -234,14 +234,14 @@ def hidden_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor
     options: dict[str, Any] = {}
     if _takes_positions(backbone):
         options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    if "use_cache" in inspect.signature(_bare(backbone).forward).parameters:
+    if "use_cache" in inspect.signature(bare_model(backbone).forward).parameters:
         options["use_cache"] = False
     output = backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
     states: Tensor = output.last_hidden_state
     return states
 
 
-def _bare(backbone: nn.Module) -> nn.Module:
+def bare_model(backbone: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper."""
     base = getattr(backbone, "get_base_model", None)
     bare: nn.Module = base() if base is not None else backbone
@@ -249,7 +249,7 @@ def _bare(backbone: nn.Module) -> nn.Module:
 
 
 def _takes_positions(backbone: nn.Module) -> bool:
-    bare = _bare(backbone)
+    bare = bare_model(backbone)
     if "position_ids" not in inspect.signature(bare.forward).parameters:
         return False
     # RoBERTa and its relatives count positions from padding_idx and derive them from the ids themselves.
@@ -258,7 +258,7 @@ def _takes_positions(backbone: nn.Module) -> bool:
 
 def position_limit(backbone: nn.Module) -> int | None:
     """Longest input in tokens of a backbone with learnt absolute positions; None where there is no such limit."""
-    for name, module in _bare(backbone).named_modules():
+    for name, module in bare_model(backbone).named_modules():
         if name.endswith(("position_embeddings", "embed_positions", "wpe")) and isinstance(module, nn.Embedding):
             # RoBERTa's first positions are taken by its padding index, OPT's by its offset.
             taken = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)

@@ -21,8 +21,9 @@ from lens.backbone import resolve_device
 from lens.compat import is_released, load_released
 from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, fetch, load_model
+from lens.packed import can_pack
 from lens.quantized import Quantization
-from lens.text import Kind, TextProcessor, check_texts, token_batches
+from lens.text import Kind, TextProcessor, Tokens, check_texts, token_batches
 from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
 
 # Legend: N texts, K clusters.
@@ -55,8 +56,14 @@ class LENS:
     """
 
     def __init__(
-        self, model: LensModel, tokenizer: Any, device: str | torch.device | None = None, compile: bool = False
+        self,
+        model: LensModel,
+        tokenizer: Any,
+        device: str | torch.device | None = None,
+        compile: bool = False,
+        packed: bool | None = None,
     ) -> None:
+        self.packed = packed
         self.device = resolve_device(device)
         self.model = model.to(self.device).eval()
         if compile:
@@ -77,6 +84,7 @@ class LENS:
         whiten: bool = False,
         quantization: Quantization | None = None,
         compile: bool = False,
+        packed: bool | None = None,
         **config: Any,
     ) -> LENS:
         """An untrained model from a backbone (folder or hub id) and a clusters folder (None: full vocabulary head).
@@ -90,7 +98,7 @@ class LENS:
         model, tokenizer = build_model(
             os.fspath(backbone), clusters, kind, attn_implementation, whiten, where, quantization, **config
         )
-        return cls(model, tokenizer, where, compile)
+        return cls(model, tokenizer, where, compile, packed)
 
     def save(self, path: str | os.PathLike[str], include_backbone: bool = False, overwrite: bool = False) -> None:
         """Writes the artifact (see lens.model), atomically; sentence-transformers loads it too.
@@ -141,7 +149,8 @@ class LENS:
 
         `kind` chooses prompt and maximum length; `instruction` is attended to, not pooled. `dims` keeps those
         columns, `top_k` the largest values of each row; normalised models are normalised again after either.
-        `batch_tokens` bounds the padded tokens of one batch. A text without tokens gives a zero row.
+        `batch_tokens` bounds the tokens of one batch, padding included where there is any. A text without tokens gives
+        a zero row.
         Raises TypeError or ValueError naming the offending text or option.
         """
         texts = check_texts(texts)
@@ -161,14 +170,15 @@ class LENS:
             raise ValueError(f"batch_tokens must be at least 1 token, found {batch_tokens}")
         width = self.config.dimensions if columns is None else len(columns)
         tokens = self.text(texts, kind, instruction)
-        batches = token_batches([len(item.ids) for item in tokens], budget)
+        packed = self._packs()
+        batches = token_batches([len(item.ids) for item in tokens], budget, packed)
         if show_progress is None:
             show_progress = len(batches) >= _PROGRESS_BATCHES
         parts: list[Any] = []
         dense = None if output == "csr" else torch.zeros(len(texts), width)
         with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
             for batch in batches:
-                embeddings = self._embed([tokens[i] for i in batch])
+                embeddings = self._embed([tokens[i] for i in batch], packed)
                 embeddings = prune(embeddings, columns, top_k, self.config.normalize).cpu()
                 if dense is None:
                     parts.append(to_csr(embeddings))
@@ -183,11 +193,16 @@ class LENS:
         restored[[i for batch in batches for i in batch]] = np.arange(len(texts))
         return scipy.sparse.vstack(parts, format="csr")[restored]
 
-    def _embed(self, tokens: Sequence[Any]) -> Tensor:
-        batch = self.text.collate(tokens)
-        embeddings: Tensor = self.model(
-            batch.input_ids.to(self.device), batch.attention_mask.to(self.device), batch.pool_mask.to(self.device)
-        )
+    def _packs(self) -> bool:
+        """Whether texts go through the backbone without padding."""
+        if self.packed is False:
+            return False
+        longest = max(self.config.query_max_length, self.config.document_max_length)
+        return can_pack(self.model.backbone, longest, required=self.packed is True)
+
+    def _embed(self, tokens: Sequence[Tokens], packed: bool) -> Tensor:
+        batch = self.text.pack(tokens) if packed else self.text.collate(tokens)
+        embeddings: Tensor = self.model(**batch.inputs(self.device))
         if not bool(torch.isfinite(embeddings).all()):
             raise FloatingPointError(
                 f"embeddings hold NaN or infinite values in {self.model.head.weight.dtype}; "
@@ -249,6 +264,7 @@ def load(
     compat: Compat | None = None,
     quantization: Quantization | Literal["int8"] | None = None,
     compile: bool = False,
+    packed: bool | None = None,
 ) -> LENS:
     """Loads a model from a folder or a hub id, on cuda, mps or cpu (the first there is), in eval mode.
 
@@ -257,6 +273,7 @@ def load(
     (org/name); None leaves the choice to transformers. `quantization` ("4bit", "8bit") quantises the backbone while it
     is read, with bitsandbytes; "int8" multiplies in 8 bits, which on a CPU is faster (see lens/int8.py). `compile`
     compiles the backbone's layers, at the first texts, which pays on GPUs for many texts.
+    `packed` lays texts one after another without padding: False never, True or an error, None where the backbone can.
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
     docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
@@ -280,7 +297,7 @@ def load(
         model, tokenizer = load_model(folder, kind, base, None, attn_implementation, where, read)
     if quantization == "int8":
         int8.quantize(model)
-    return LENS(model, tokenizer, where, compile)
+    return LENS(model, tokenizer, where, compile, packed)
 
 
 def encode(

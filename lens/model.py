@@ -41,10 +41,11 @@ from lens.files import atomic_folder, read_json, read_tensors
 from lens.head import LexicalHead, whitened
 from lens.int8 import is_int8
 from lens.merge import save_merged
+from lens.packed import packed_states, pooled_rows
 from lens.quantized import Quantization, is_quantized
 from lens.text import add_special_tokens, tagged_prompt
 
-# Legend: B texts, L tokens, D hidden size, V vocabulary, K clusters.
+# Legend: B texts, L tokens, T tokens of all texts, D hidden size, V vocabulary, K clusters.
 
 CONFIG_FILE, HEAD_FILE, CLUSTERS_FILE = "lens.json", "head.safetensors", "clusters.safetensors"
 MODULES_FILE, SENTENCE_FILE = "modules.json", "config_sentence_transformers.json"
@@ -83,16 +84,26 @@ class LensModel(nn.Module):
         pool_mask: Tensor | None = None,
         hidden: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
     ) -> Tensor:
         """Embeddings (B, K) float32 of ids (B, L) under attention_mask (B, L), pooled where pool_mask (B, L) is true.
 
-        Instead of ids, `hidden` (T, D) with `cu_seqlens` (B+1,) takes the pooled positions' states that a frozen
-        backbone gave before.
+        Or of texts one after another, ids (T,) with offsets `cu_seqlens` (B+1,), pooled where pool_mask (T,) is true,
+        the longest of `max_length` tokens, see lens.packed. Instead of ids, `hidden` (T, D) with `cu_seqlens` takes
+        the pooled positions' states that a frozen backbone gave before.
         """
         if hidden is None:
-            if input_ids is None or attention_mask is None:
-                raise ValueError("give input_ids and attention_mask, or hidden")
-            hidden = hidden_states(self.backbone, input_ids, attention_mask)
+            if input_ids is not None and attention_mask is not None and cu_seqlens is None:
+                hidden = hidden_states(self.backbone, input_ids, attention_mask)
+            elif input_ids is None or cu_seqlens is None or pool_mask is None or max_length is None:
+                raise ValueError(
+                    "give input_ids and attention_mask; packed input_ids, cu_seqlens, pool_mask and max_length; or "
+                    "hidden and cu_seqlens"
+                )
+            else:
+                states = packed_states(self.backbone, input_ids, cu_seqlens, max_length)
+                hidden, cu_seqlens = pooled_rows(states, pool_mask, cu_seqlens)
+                pool_mask = None
         embeddings: Tensor = self.head(hidden.to(self.head.weight.dtype), pool_mask, cu_seqlens)
         return embeddings
 

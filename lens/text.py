@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lens.config import LensConfig
 
-# Legend: B texts, L tokens.
+# Legend: B texts, L tokens, T tokens of all texts.
 
 SPECIAL_TOKENS = ("<instruct>", "<query>", "<response>")
 Kind = Literal["query", "document"]
@@ -44,6 +44,31 @@ class Batch:
     input_ids: Tensor  # (B, L) int64
     attention_mask: Tensor  # (B, L) int64, 1 = token
     pool_mask: Tensor  # (B, L) bool, True = pooled
+
+    def inputs(self, device: torch.device | None = None) -> dict[str, Any]:
+        """Arguments of LensModel, on `device` (None: where they are)."""
+        return _inputs(self, device)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Tokens of B texts one after another, without padding."""
+
+    input_ids: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B+1,) int64, the texts' offsets
+    pool_mask: Tensor  # (T,) bool, True = pooled
+    max_length: int  # tokens of the longest text
+
+    def inputs(self, device: torch.device | None = None) -> dict[str, Any]:
+        """Arguments of LensModel, on `device` (None: where they are)."""
+        return _inputs(self, device)
+
+
+def _inputs(batch: Any, device: torch.device | None) -> dict[str, Any]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    if device is None:
+        return values
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def check_texts(texts: Any) -> list[str]:
@@ -163,18 +188,30 @@ class TextProcessor:
             pool_mask[row, item.start : item.end] = True
         return Batch(input_ids, attention_mask, pool_mask)
 
+    def pack(self, tokens: Sequence[Tokens]) -> PackedBatch:
+        """Lays Tokens one after another."""
+        lengths = [len(item.ids) for item in tokens]
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        pool_mask = torch.zeros(sum(lengths), dtype=torch.bool)
+        for first, item in zip(cu_seqlens.tolist(), tokens, strict=False):
+            pool_mask[first + item.start : first + item.end] = True
+        input_ids = torch.tensor([token for item in tokens for token in item.ids], dtype=torch.long)
+        return PackedBatch(input_ids, cu_seqlens, pool_mask, max(lengths, default=0))
 
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of texts of these lengths in batches, the longest text first, so many at a time that the padded batch
-    stays within `budget` tokens; a text longer than that goes alone."""
+
+def token_batches(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
+    """Indices of texts of these lengths in batches, the longest text first, so many at a time that the batch stays
+    within `budget` tokens, with padding unless `packed`; a text longer than that goes alone."""
     batches: list[list[int]] = []
-    widest = 0
+    widest = held = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batches and (len(batches[-1]) + 1) * widest <= budget:
+        full = held + lengths[index] if packed else (len(batches[-1]) + 1) * widest if batches else 0
+        if batches and full <= budget:
             batches[-1].append(index)
+            held += lengths[index]
         else:
             batches.append([index])
-            widest = lengths[index]
+            widest = held = lengths[index]
     return batches
 
 

@@ -41,8 +41,8 @@ def step_of(monkeypatch):
     return partial(_step_of, monkeypatch)
 
 
-def _step_of(monkeypatch, folder, clusters, budget, autocast=False, caching="checkpoints", **changes):
-    """`caching`: none, by checkpoints, or in two passes as under ZeRO-3. The budget is in padded tokens."""
+def _step_of(monkeypatch, folder, clusters, budget, autocast=False, caching="checkpoints", packed=False, **changes):
+    """`caching`: none, by checkpoints, or in two passes as under ZeRO-3. The budget is in tokens."""
     monkeypatch.undo()
     recipe = Recipe(
         base=str(folder), data=("none",), output="none", clusters=str(clusters), batch_size=6, group_size=3, **changes
@@ -55,7 +55,7 @@ def _step_of(monkeypatch, folder, clusters, budget, autocast=False, caching="che
                 parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
     data = examples()
     text = TextProcessor(tokenizer, model.config)
-    batch = Batches([data], Schedule([6], 6, 1, 1), text, 3, mini_batch_tokens=budget)[0]
+    batch = Batches([data], Schedule([6], 6, 1, 1), text, 3, mini_batch_tokens=budget, packed=packed)[0]
     wrapped = QueryPassageModel(model).train()
     if caching == "none":
         monkeypatch.setattr(step, "checkpoint", lambda function, inputs, use_reentrant: function(inputs))

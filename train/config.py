@@ -151,9 +151,11 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass."""
     mini_batch_tokens: int | None = None
-    """Padded tokens of one forward pass: a batch is embedded in mini-batches of that size whose activations are
-    computed again in the backward pass (gradient caching), so that batch_size is not bound by memory. None: the whole
-    batch in two passes, queries and passages."""
+    """Tokens of one forward pass, padding included: a batch is embedded in mini-batches of that size whose activations
+    are computed again in the backward pass (gradient caching), so that batch_size is not bound by memory. None: the
+    whole batch in two passes, queries and passages."""
+    packed: bool | None = None
+    """Texts one after another, without padding. None: where the backbone can; true: or an error; false: never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = 42

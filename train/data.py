@@ -159,7 +159,8 @@ class Batches(Dataset[dict[str, Any]]):
     """Item `step` is this rank's share of the batch of that step: a pure function of (seed, step).
 
     With `store` (see train.states) texts become the frozen backbone's hidden states instead of token ids;
-    `group_size_of`, a function of the examples' type, takes the place of `group_size`.
+    `group_size_of`, a function of the examples' type, takes the place of `group_size`. With `packed`, texts are laid
+    one after another without padding.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class Batches(Dataset[dict[str, Any]]):
         teacher: TeacherEmbeddings | None = None,
         group_size_of: Callable[[str], int] | None = None,
         mini_batch_tokens: int | None = None,
+        packed: bool = False,
     ) -> None:
         for size in schedule.batch_sizes:
             if size % world_size:
@@ -189,6 +191,7 @@ class Batches(Dataset[dict[str, Any]]):
         self.store = store
         self.teacher = teacher
         self.mini_batch_tokens = mini_batch_tokens
+        self.packed = packed
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -233,29 +236,24 @@ class Batches(Dataset[dict[str, Any]]):
             return {"queries": self._inputs(queries), "passages": self._inputs(passages), "mini_batches": None}
         texts = [*queries, *passages]
         if self.store is not None:
-            parts = token_batches(self.store.lengths(texts), self.mini_batch_tokens)
+            parts = token_batches(self.store.lengths(texts), self.mini_batch_tokens, self.packed)
             inputs = [self.store.batch([texts[i] for i in part]) for part in parts]
         else:
             tokens = tokenize(self.text, texts)
-            parts = token_batches([len(item.ids) for item in tokens], self.mini_batch_tokens)
-            inputs = [self._padded([tokens[i] for i in part]) for part in parts]
+            parts = token_batches([len(item.ids) for item in tokens], self.mini_batch_tokens, self.packed)
+            inputs = [self._collate([tokens[i] for i in part]) for part in parts]
         places = torch.empty(len(texts), dtype=torch.long)
         places[torch.tensor([i for part in parts for i in part])] = torch.arange(len(texts))
         return {"queries": places[: len(queries)], "passages": places[len(queries) :], "mini_batches": inputs}
 
-    def _inputs(self, texts: list[Key]) -> dict[str, Tensor]:
+    def _inputs(self, texts: list[Key]) -> dict[str, Any]:
         if self.store is not None:
-            packed: dict[str, Tensor] = self.store.batch(texts)
-            return packed
-        return self._padded(tokenize(self.text, texts))
+            states: dict[str, Any] = self.store.batch(texts)
+            return states
+        return self._collate(tokenize(self.text, texts))
 
-    def _padded(self, tokens: list[Tokens]) -> dict[str, Tensor]:
-        batch = self.text.collate(tokens)
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "pool_mask": batch.pool_mask,
-        }
+    def _collate(self, tokens: list[Tokens]) -> dict[str, Any]:
+        return (self.text.pack(tokens) if self.packed else self.text.collate(tokens)).inputs()
 
 
 def tokenize(text: TextProcessor, texts: Sequence[Key]) -> list[Tokens]:

@@ -34,6 +34,7 @@ from lens.backbone import resolve_device
 from lens.card import Facts, recipe_facts
 from lens.files import check_output, read_json, write_json
 from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel
+from lens.packed import can_pack
 from lens.text import TextProcessor
 from train.build import build
 from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
@@ -130,7 +131,9 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     set_seed(recipe.seed)
     with whole_weights(arguments):
         model, tokenizer = build(recipe)
-    top = TopLayers(model.backbone, recipe.top_layers) if recipe.backbone == "top" else None
+    longest = max(model.config.query_max_length, model.config.document_max_length)
+    packed = recipe.packed is not False and can_pack(model.backbone, longest, required=recipe.packed is True)
+    top = TopLayers(model.backbone, recipe.top_layers, packed) if recipe.backbone == "top" else None
     text = TextProcessor(tokenizer, model.config)
     check_prompts(text, sources)
     if dist.is_initialized():
@@ -143,7 +146,7 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     if recipe.backbone in ("frozen", "top") and recipe.cache_hidden:
         model.backbone.to(arguments.device)
         with arguments.main_process_first(local=False):
-            store = compute_states(model, text, keys_of(sources), output / STATES_FILE, top)
+            store = compute_states(model, text, keys_of(sources), output / STATES_FILE, top, packed=packed)
     batches = Batches(
         sources,
         schedule,
@@ -156,6 +159,7 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
         teacher,
         recipe.group_size_of,
         recipe.mini_batch_tokens,
+        packed,
     )
     trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top, evaluation, stopping)
     checkpoint = next(reversed(whole_checkpoints(output)), None)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from lens.backbone import hidden_states
 from lens.files import read_json, write_json
 from lens.model import LensModel
-from lens.text import TextProcessor, token_batches
+from lens.packed import packed_states
+from lens.text import TextProcessor, Tokens, token_batches
 from train.data import Example, Key, tokenize
 from train.top import TopLayers
 
@@ -91,10 +92,12 @@ def compute_states(
     path: Path,
     top: TopLayers | None = None,
     batch_tokens: int = 8192,
+    packed: bool = False,
 ) -> HiddenStates:
     """Computes the states of `keys` with the model's backbone, or takes them from `path` when they are the same.
 
-    With `top` they are those below its layers. Raises OSError when the disk is full.
+    With `top` they are those below its layers; with `packed` they are computed without padding. Raises OSError
+    when the disk is full.
     """
     tokens = tokenize(text, keys)
     kept = [(item.start, item.end) if top is None else (0, len(item.ids)) for item in tokens]
@@ -113,23 +116,35 @@ def compute_states(
         model.eval()
         rows = [i for i in range(len(tokens)) if lengths[i]]
         with tqdm(total=len(rows), desc="hidden states", unit="text", leave=False) as bar:
-            for places in token_batches([len(tokens[i].ids) for i in rows], batch_tokens):
+            for places in token_batches([len(tokens[i].ids) for i in rows], batch_tokens, packed):
                 part = [rows[place] for place in places]
-                batch = text.collate([tokens[i] for i in part])
-                ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-                hidden = hidden_states(model.backbone, ids, mask) if top is None else top.below(ids, mask)
-                hidden = hidden.to(torch.float16).cpu()
-                stored = batch.pool_mask if top is None else batch.attention_mask.bool()
-                if not bool(torch.isfinite(hidden[stored]).all()):
-                    raise ValueError("hidden states exceed float16 (65504): train with cache_hidden: false")
-                for row, i in enumerate(part):
-                    states[offsets[i] : offsets[i + 1]] = hidden[row, slice(*kept[i])].numpy()
+                hidden = _states(model, text, [tokens[i] for i in part], top, packed, device)  # (T, D)
+                for text_states, i in zip(hidden.split([len(tokens[i].ids) for i in part]), part, strict=True):
+                    found = text_states[slice(*kept[i])]
+                    if not bool(torch.isfinite(found).all()):
+                        raise ValueError("hidden states exceed float16 (65504): train with cache_hidden: false")
+                    states[offsets[i] : offsets[i + 1]] = found.numpy()
                 bar.update(len(part))
         states.flush()
         del states
         write_json(stamp, wanted)
     spans = None if top is None else [(item.start, item.end) for item in tokens]
     return HiddenStates(path, keys, lengths, width, spans)
+
+
+def _states(
+    model: LensModel, text: TextProcessor, tokens: list[Tokens], top: TopLayers | None, packed: bool, device: Any
+) -> Tensor:
+    """States (T, D) of all tokens of the texts in float16, on the CPU."""
+    if packed:
+        inputs = text.pack(tokens).inputs(device)
+        where = inputs["input_ids"], inputs["cu_seqlens"], inputs["max_length"]
+        hidden = packed_states(model.backbone, *where) if top is None else top.below_packed(*where)
+    else:
+        batch = text.collate(tokens)
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        hidden = (hidden_states(model.backbone, ids, mask) if top is None else top.below(ids, mask))[mask.bool()]
+    return hidden.to(torch.float16).cpu()
 
 
 def _is_written(path: Path, stamp: Path, wanted: dict[str, Any]) -> bool:

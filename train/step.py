@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lens.backbone import hidden_states
 from lens.model import LensModel
+from lens.packed import packed_states, pooled_rows
 from train.top import TopLayers
 
 # Legend: Q queries, P passages per query, K clusters.
@@ -36,7 +37,7 @@ class QueryPassageModel(nn.Module):
         self,
         queries: Any,
         passages: Any,
-        mini_batches: Sequence[dict[str, Tensor]] | None = None,
+        mini_batches: Sequence[dict[str, Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings of the queries (Q, K) and of the passages (Q*P, K).
 
@@ -52,24 +53,25 @@ class QueryPassageModel(nn.Module):
             embeddings = torch.cat([checkpoint(self._run, part, use_reentrant=False) for part in mini_batches])
         return embeddings[queries], embeddings[passages]
 
-    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _run(self, inputs: dict[str, Any]) -> Tensor:
         return self._embed(**inputs)
 
-    def _embed(self, **inputs: Tensor) -> Tensor:
+    def _embed(self, **inputs: Any) -> Tensor:
         if "below" in inputs:
             inputs = dict(zip(("hidden", "cu_seqlens"), self.states(**inputs), strict=True))
         embeddings: Tensor = self.model(**inputs)
         return embeddings
 
-    def states(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Final states of the pooled positions of one pass's texts (T, D) and the texts' offsets (B+1,)."""
         if "hidden" in inputs:
             return inputs["hidden"], inputs["cu_seqlens"]
         if "below" in inputs:
             assert self.top is not None
-            pooled, cu_seqlens = inputs["pooled"], inputs["cu_seqlens"]
-            ends = F.pad(pooled.cumsum(0), (1, 0))  # pooled positions before each position
-            return self.top(inputs["below"], cu_seqlens)[pooled], ends[cu_seqlens]
+            return pooled_rows(self.top(inputs["below"], inputs["cu_seqlens"]), inputs["pooled"], inputs["cu_seqlens"])
+        if "cu_seqlens" in inputs:
+            states = packed_states(self.model.backbone, inputs["input_ids"], inputs["cu_seqlens"], inputs["max_length"])
+            return pooled_rows(states, inputs["pool_mask"], inputs["cu_seqlens"])
         mask = inputs["pool_mask"].bool()
         hidden = hidden_states(self.model.backbone, inputs["input_ids"], inputs["attention_mask"])
         return hidden[mask], F.pad(mask.sum(1).cumsum(0), (1, 0))
@@ -93,7 +95,7 @@ class QueryPassageModel(nn.Module):
 
 def cached_backward(
     model: nn.Module,
-    mini_batches: Sequence[dict[str, Tensor]],
+    mini_batches: Sequence[dict[str, Any]],
     loss: Callable[[Tensor], Tensor],
     backward: Callable[[Tensor, bool], None],
 ) -> Tensor:
@@ -104,10 +106,7 @@ def cached_backward(
     as many passes, for each collects every layer's weights from all. Returns the detached loss.
     """
     device = next(model.parameters()).device
-    # No place names what is added here, so its gradient is zero. Stored states are packed and are taken whole.
-    idle = mini_batches[0]
-    if "cu_seqlens" not in idle:
-        idle = {name: tensor[:1] for name, tensor in idle.items()}
+    idle = first_texts(mini_batches[0], 1)  # no place names what is added here, so its gradient is zero
     runs = [*mini_batches, *[idle] * (_most(len(mini_batches), device) - len(mini_batches))]
     states, parts = [], []
     with torch.no_grad():
@@ -127,7 +126,17 @@ def cached_backward(
     return value.detach()
 
 
-def _rows(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def first_texts(inputs: dict[str, Any], count: int) -> dict[str, Any]:
+    """The model inputs of the first texts of one pass, padded or packed."""
+    if "cu_seqlens" not in inputs:
+        return {name: tensor[:count] for name, tensor in inputs.items()}
+    ends = inputs["cu_seqlens"][: count + 1]
+    tokens = int(ends[-1])
+    cut = {name: value[:tokens] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return {**cut, "cu_seqlens": ends}
+
+
+def _rows(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     every = slice(None)
     embeddings: Tensor = model(every, every, [inputs])[0]
     return embeddings

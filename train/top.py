@@ -9,15 +9,17 @@ the whole backbone gives is not believed but probed: a model that does more betw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lens.backbone import hidden_states
+from lens.packed import packed_states
 from lens.text import token_batches
 
 # Legend: B texts, L tokens, T tokens of all texts, D hidden size.
@@ -27,13 +29,14 @@ _TOLERANCE = 1e-3  # relative; a mask or layer mistaken for another gives 1e-1 a
 
 
 class TopLayers:
-    """The last `count` layers of a transformers backbone, which alone are left trainable.
+    """The last `count` layers of a transformers backbone, which alone are left trainable; `packed`: without padding.
 
     Raises ValueError unless 1 <= count < number of layers, and for a backbone that cannot be cut there.
     """
 
-    def __init__(self, backbone: nn.Module, count: int) -> None:
+    def __init__(self, backbone: nn.Module, count: int, packed: bool = False) -> None:
         self.backbone = backbone
+        self.packed = packed
         every = layer_list(backbone)
         if len(every) < 2:
             raise ValueError("backbone=top needs at least two layers, and it has one: use backbone=full")
@@ -56,10 +59,17 @@ class TopLayers:
 
     def below(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """States (B, L, D) that leave the layers below, of ids (B, L) under mask (B, L)."""
+        return self._caught(lambda: hidden_states(self.backbone, input_ids, attention_mask))
+
+    def below_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+        """States (T, D) that leave the layers below, of packed ids (T,) with offsets (B+1,)."""
+        return self._caught(lambda: packed_states(self.backbone, input_ids, cu_seqlens, max_length))[0]
+
+    def _caught(self, run: Callable[[], Any]) -> Tensor:
         found: list[Any] = []
         handle = self._lower[-1].register_forward_hook(lambda module, args, output: found.append(output))
         try:
-            hidden_states(self.backbone, input_ids, attention_mask)
+            run()
         finally:
             handle.remove()
         output = found[0]
@@ -70,12 +80,21 @@ class TopLayers:
     def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Packed states of the layer below (T, D) with offsets (B+1,) -> the backbone's final states (T, D).
 
-        Texts of like length are padded together.
+        Texts of like length go together.
         """
         lengths = cu_seqlens.diff()
         parts = list(torch.split(states, lengths.tolist()))
         budget = _BATCH_TOKENS.get(states.device.type, 1 << 15)
-        for batch in token_batches(lengths.tolist(), budget):
+        for batch in token_batches(lengths.tolist(), budget, self.packed):
+            if self.packed:
+                chosen = torch.cat([parts[i] for i in batch])
+                offsets = F.pad(lengths[batch].cumsum(0), (1, 0))
+                with self._handing_on(chosen[None].to(next(self.layers.parameters()).dtype)):
+                    ids = torch.zeros(len(chosen), dtype=torch.long, device=chosen.device)
+                    final = packed_states(self.backbone, ids, offsets, len(parts[batch[0]]))
+                for part, i in zip(torch.split(final, lengths[batch].tolist()), batch, strict=True):
+                    parts[i] = part.to(states.dtype)
+                continue
             padded = pad_sequence([parts[i] for i in batch], batch_first=True)  # (B, L, D)
             if padded.shape[1] == 0:
                 continue

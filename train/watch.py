@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from train.loss import Loss
 from train.parallel import collected
-from train.step import QueryPassageModel
+from train.step import QueryPassageModel, first_texts
 
 # Legend: Q queries, N passages, T pooled positions of all texts, L those of one, D hidden size, K clusters.
 
@@ -108,17 +108,13 @@ class Watch:
         return [found[name][1].format(**figures) for name in new]
 
 
-def sample_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def sample_of(inputs: dict[str, Any]) -> dict[str, Any]:
     """The model inputs of the first few passages of a batch; with mini-batches, of its longest texts."""
-    texts: dict[str, Tensor] = inputs["passages"] if inputs["mini_batches"] is None else inputs["mini_batches"][0]
-    if "input_ids" in texts:
-        return {name: tensor[:_SAMPLE] for name, tensor in texts.items()}
-    ends = texts["cu_seqlens"][: _SAMPLE + 1]
-    return {name: ends if name == "cu_seqlens" else tensor[: int(ends[-1])] for name, tensor in texts.items()}
+    return first_texts(inputs["passages"] if inputs["mini_batches"] is None else inputs["mini_batches"][0], _SAMPLE)
 
 
 @torch.no_grad()
-def maxima_at_ends(model: QueryPassageModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def maxima_at_ends(model: QueryPassageModel, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Shares of the active clusters' maxima at the first and at the last pooled position, over texts of two and more.
 
     Zeros when no cluster is active. `inputs` are those of one pass of `model`.

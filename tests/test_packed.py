@@ -1,0 +1,293 @@
+"""Texts without padding: the states, embeddings and gradients of padded batches, and nothing from text to text."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SENTENCES
+from test_models import ALL, backbones  # noqa: F401
+from test_step import LORA, assert_same, step_of  # noqa: F401
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+
+import lens
+from lens.attention import compile_layers
+from lens.backbone import hidden_states, load_backbone
+from lens.packed import IMPLEMENTATION, UNLIMITED, can_pack, packed_attention, packed_states, packing_limit, pooled_rows
+from lens.text import token_batches
+from train.build import build
+from train.config import Recipe
+
+LENGTHS = [23, 23, 14, 9, 9, 9, 1]
+OTHER_ORDER = [9, 1, 23, 14, 9, 23, 9]
+
+
+def texts_of(lengths=LENGTHS, seed=0):
+    """Packed ids (T,), their offsets, and the texts."""
+    ids = torch.randint(10, 250, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return ids, torch.tensor([0, *lengths]).cumsum(0), list(torch.split(ids, lengths))
+
+
+def one_by_one(backbone, texts):
+    """States (T, D), every text by itself: no padding and nothing that it could see."""
+    return torch.cat([hidden_states(backbone, text[None], torch.ones_like(text[None]))[0] for text in texts])
+
+
+def padded(backbone, texts):
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    return hidden_states(backbone, pad_sequence(texts, batch_first=True), mask)[mask.bool()]
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("name", ALL)
+def test_packed_states_are_those_of_texts_by_themselves(name, bidirectional, backbones):  # noqa: F811
+    backbone, _, _ = load_backbone(str(backbones(name)[0]), bidirectional=bidirectional)
+    backbone.eval()
+    if name == "gemma2":  # its attention logits are capped, which sdpa cannot do
+        assert packing_limit(backbone) == 0
+        assert backbone.config._attn_implementation == "eager"
+        return
+    assert packing_limit(backbone) == UNLIMITED
+    for lengths in (LENGTHS, OTHER_ORDER, [5]):
+        ids, cu_seqlens, texts = texts_of(lengths)
+        with torch.no_grad():
+            found = packed_states(backbone, ids, cu_seqlens, max(lengths))
+            torch.testing.assert_close(found, one_by_one(backbone, texts), atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(padded(backbone, texts), one_by_one(backbone, texts), atol=2e-5, rtol=1e-4)
+    with torch.no_grad():  # one text changes, and no other
+        ids, cu_seqlens, texts = texts_of()
+        found = packed_states(backbone, ids, cu_seqlens, 23)
+        for place in range(len(LENGTHS)):
+            inside = torch.zeros(len(ids), dtype=torch.bool)
+            inside[cu_seqlens[place] : cu_seqlens[place + 1]] = True
+            other = packed_states(backbone, torch.where(inside, (ids + 50) % 250, ids), cu_seqlens, 23)
+            assert torch.equal(other[~inside], found[~inside])
+            assert ((other - found)[inside].abs().amax(1) > 1e-5).any()
+
+
+def test_padding_tokens_inside_a_text_count_as_they_do_in_padded_batches(backbones):  # noqa: F811
+    backbone, _, _ = load_backbone(str(backbones("roberta")[0]))
+    ids, cu_seqlens, _ = texts_of()
+    ids[[2, 30, 50]] = backbone.config.pad_token_id
+    texts = list(torch.split(ids, LENGTHS))
+    with torch.no_grad():
+        found = packed_states(backbone.eval(), ids, cu_seqlens, 23)
+        torch.testing.assert_close(found, one_by_one(backbone, texts), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "bert", "modernbert"])
+def test_flash_attention_gets_the_texts_offsets(name, backbones, monkeypatch):  # noqa: F811
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, **options):
+        seen.append((attention_mask, options))
+        layout = options.pop("cu_seq_lens_q").expand(1, 1, options["max_length_q"], -1)
+        wanted = ("dropout", "scaling", "is_causal", "sliding_window")
+        return packed_attention(
+            module, query, key, value, layout, **{k: options[k] for k in wanted if options.get(k) is not None}
+        )
+
+    backbone, _, _ = load_backbone(str(backbones(name)[0]))
+    ids, cu_seqlens, texts = texts_of()
+    with torch.no_grad():
+        expected = one_by_one(backbone.eval(), texts)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
+    monkeypatch.setattr("lens.packed._probe_limit", lambda *_, **__: UNLIMITED)  # which compares with padded batches
+    backbone.config._attn_implementation = "flash_attention_2"
+    with torch.no_grad():
+        found = packed_states(backbone, ids, cu_seqlens, 23)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert len(seen) == backbone.config.num_hidden_layers
+    for mask, options in seen:
+        assert mask is None
+        assert options["cu_seq_lens_k"].tolist() == [0, 23, 46, 60, 69, 78, 87, 88]
+        assert options["cu_seq_lens_k"].dtype == torch.int32
+        assert options["max_length_q"] == options["max_length_k"] == 23
+
+
+def broken(monkeypatch, change):
+    """Makes the attention function get other offsets than there are."""
+
+    def wrong(module, query, key, value, attention_mask, **options):
+        if attention_mask is not None and attention_mask.dtype == torch.int32:
+            attention_mask = change(attention_mask)
+        return packed_attention(module, query, key, value, attention_mask, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, IMPLEMENTATION, wrong)
+
+
+def boom(layout):
+    raise TypeError("unexpected mask")
+
+
+@pytest.mark.parametrize("change", [lambda layout: layout[..., [0, -1]], boom, lambda layout: None])
+def test_a_backbone_that_mixes_texts_gets_padded_batches(change, bert, bert_clusters, monkeypatch):
+    expected = lens.LENS.build(bert, bert_clusters, packed=False).encode(SENTENCES)
+    broken(monkeypatch, change)
+    model = lens.LENS.build(bert, bert_clusters)
+    assert packing_limit(model.model.backbone) == 0
+    assert model.model.backbone.config._attn_implementation == "sdpa"
+    assert (model.encode(SENTENCES) == expected).all()
+    with pytest.raises(ValueError, match="packed=True contradicts the backbone BertModel: its attention does not keep"):
+        lens.LENS.build(bert, bert_clusters, packed=True).encode(SENTENCES)
+    ids, cu_seqlens, _ = texts_of()
+    with pytest.raises(ValueError, match="Leave packed out"):
+        packed_states(model.model.backbone, ids, cu_seqlens, 23)
+
+
+def test_a_window_beyond_the_probe_bounds_the_texts(tmp_path, monkeypatch):
+    from conftest import save_mistral
+
+    folder = save_mistral(tmp_path / "windowed", sliding_window=16)
+    backbone, _, _ = load_backbone(str(folder), bidirectional=False)
+    assert packing_limit(backbone) == UNLIMITED  # the probe reaches across it
+    monkeypatch.setattr("lens.packed._PROBED_WINDOW", 8)
+    backbone, _, _ = load_backbone(str(folder), bidirectional=False)
+    assert packing_limit(backbone) == 16
+    assert can_pack(backbone, 16)
+    assert not can_pack(backbone, 17)
+    with pytest.raises(ValueError, match="window of 16 tokens is shorter than texts of 17"):
+        can_pack(backbone, 17, required=True)
+
+
+@pytest.mark.parametrize("folder", ["mistral", "bert"])
+def test_embeddings_do_not_depend_on_packing_or_company(folder, request):
+    path, clusters = request.getfixturevalue(folder), request.getfixturevalue(f"{folder}_clusters")
+    model = lens.LENS.build(path, clusters, packed=True)
+    texts = [*SENTENCES, "", "fox", " ".join(SENTENCES[:3]), "fox"]
+    found = model.encode(texts, output="torch")
+    plain = lens.LENS.build(path, clusters, packed=False)
+    torch.testing.assert_close(found, plain.encode(texts, output="torch"), atol=1e-5, rtol=1e-4)
+    for tokens in (1, 40):
+        torch.testing.assert_close(
+            model.encode(texts, output="torch", batch_tokens=tokens), found, atol=1e-5, rtol=1e-4
+        )
+    for i, text in enumerate(texts):
+        torch.testing.assert_close(model.encode([text], output="torch")[0], found[i], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.encode(texts[::-1], output="torch").flip(0), found, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_batches_hold_real_tokens_only(bert, bert_clusters):
+    model = lens.LENS.build(bert, bert_clusters)
+    tokens = model.text(["the quick brown fox", "", "a lexicon"])
+    batch = model.text.pack(tokens)
+    assert batch.input_ids.tolist() == [i for item in tokens for i in item.ids]
+    assert batch.cu_seqlens.diff().tolist() == [len(item.ids) for item in tokens]
+    assert batch.max_length == max(len(item.ids) for item in tokens)
+    rows, ends = pooled_rows(batch.input_ids[:, None], batch.pool_mask, batch.cu_seqlens)
+    assert rows[:, 0].tolist() == [i for item in tokens for i in item.ids[item.start : item.end]]
+    assert ends.diff().tolist() == [item.end - item.start for item in tokens]
+    lengths = [3, 9, 1, 4, 4, 20, 2]
+    assert token_batches(lengths, 10, packed=True) == [[5], [1], [3, 4], [0, 6, 2]]
+    assert token_batches(lengths, 10) == [[5], [1], [3, 4], [0, 6, 2]]
+    assert token_batches([6, 2, 2], 10, packed=True) == [[0, 1, 2]]
+    assert token_batches([6, 2, 2], 10) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("folder", "settings"),
+    [
+        ("mistral", {**LORA, "lora_dropout": 0.0}),
+        ("mistral", {**LORA, "lora_dropout": 0.0, "gradient_checkpointing": True}),
+        ("mistral", {**LORA, "lora_dropout": 0.0, "bidirectional": False}),
+        ("mistral", {"backbone": "full", "train_head": True, "gradient_checkpointing": True}),
+    ],
+)
+@pytest.mark.parametrize(("budget", "caching"), [(None, "checkpoints"), (60, "checkpoints"), (60, "passes")])
+def test_gradients_are_those_of_padded_batches(folder, settings, budget, caching, step_of, request):  # noqa: F811
+    path, clusters = request.getfixturevalue(folder), request.getfixturevalue(f"{folder}_clusters")
+    whole = step_of(path, clusters, None, **settings)
+    packed = step_of(path, clusters, budget, caching=caching, packed=True, **settings)
+    assert (packed[2] > 2) == (budget is not None)
+    assert_same(whole, packed, 1e-4)
+
+
+@pytest.mark.parametrize("caching", ["checkpoints", "passes"])
+def test_dropout_of_packed_texts_is_the_same_in_the_second_pass(caching, step_of, bert, bert_clusters):  # noqa: F811
+    settings = {"backbone": "full", "train_head": True, "packed": True}  # dropout inside the attention, too
+    kept = step_of(bert, bert_clusters, 60, caching="none", **settings)
+    again = step_of(bert, bert_clusters, 60, caching=caching, **settings)
+    assert kept[2] > 1
+    assert_same(kept, again, 1e-5)
+    assert torch.equal(kept[3], again[3])
+
+
+def test_lora_and_gradient_checkpointing_reach_the_attention_of_every_family(backbones):  # noqa: F811
+    for name in ("gemma3", "roberta", "modernbert"):
+        folder, clusters = backbones(name)
+        grads = []
+        for packed in (True, False):
+            torch.manual_seed(0)
+            recipe = Recipe(
+                base=str(folder), data=("none",), output="none", clusters=str(clusters), lora_r=4, lora_dropout=0.0,
+                lora_targets=("all-linear",), gradient_checkpointing=True,
+                **({"query_max_length": 64, "document_max_length": 64} if name == "roberta" else {}),
+            )  # fmt: skip
+            model, _ = build(recipe)
+            backbone = model.backbone.train()
+            for module in backbone.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                if isinstance(getattr(module, "attention_dropout", None), float):
+                    module.attention_dropout = 0.0
+            ids, cu_seqlens, texts = texts_of()
+            run = packed_states(backbone, ids, cu_seqlens, 23) if packed else padded(backbone, texts)
+            run.square().sum().backward()
+            grads.append({n: p.grad for n, p in backbone.named_parameters() if p.grad is not None})
+        assert grads[0].keys() == grads[1].keys()
+        assert len(grads[0]) > 8
+        largest = max(grad.norm() for grad in grads[1].values())
+        for key, grad in grads[1].items():
+            assert (grad - grads[0][key]).norm() <= 1e-4 * (grad.norm() + 1e-3 * largest), (name, key)
+
+
+@pytest.mark.slow
+def test_compiled_layers_take_packed_texts(mistral):
+    backbone, _, _ = load_backbone(str(mistral))
+    ids, cu_seqlens, texts = texts_of()
+    with torch.no_grad():
+        expected = one_by_one(backbone.eval(), texts)
+        compile_layers(backbone, torch.device("cpu"))
+        for lengths in (LENGTHS, OTHER_ORDER):
+            ids, cu_seqlens, texts = texts_of(lengths)
+            expected = torch.cat([hidden_states(backbone, t[None], torch.ones_like(t[None]))[0] for t in texts])
+            found = packed_states(backbone, ids, cu_seqlens, 23)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_attention_refuses_what_it_cannot_keep_apart():
+    query = torch.randn(1, 2, 6, 8)
+    layout = torch.tensor([0, 2, 6], dtype=torch.int32).expand(1, 1, 4, -1)
+    module = SimpleNamespace(is_causal=False)
+    with pytest.raises(ValueError, match="no position bias"):
+        packed_attention(module, query, query, query, layout, position_bias=torch.zeros(1, 2, 6, 6))
+    with pytest.raises(ValueError, match="end at 6, but there are 5 tokens"):
+        packed_attention(module, query[:, :, :5], query[:, :, :5], query[:, :, :5], layout)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_is_softmax_of_each_text(heads, causal, window):
+    """Against a loop over texts, heads and tokens in float64."""
+    lengths = [5, 5, 7, 0, 2, 2, 2]
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, sum(lengths), count, 8, generator=generator).double().transpose(1, 2)
+        for count in (4, heads, heads)
+    )
+    module = SimpleNamespace(is_causal=not causal, num_key_value_groups=4 // heads)
+    found, _ = packed_attention(
+        module, query, key, value, ends.expand(1, 1, 7, -1), scaling=0.3, is_causal=causal, sliding_window=window
+    )
+    for start, length in zip(ends.tolist(), lengths, strict=False):
+        for head in range(4):
+            for i in range(length):
+                seen = [j for j in range(length) if (j <= i or not causal) and (window is None or abs(i - j) < window)]
+                keys = key[0, head * heads // 4, [start + j for j in seen]]
+                weights = torch.softmax(0.3 * keys @ query[0, head, start + i], 0)
+                expected = weights @ value[0, head * heads // 4, [start + j for j in seen]]
+                torch.testing.assert_close(found[0, start + i, head], expected)
