@@ -32,7 +32,7 @@ Output = Literal["numpy", "torch", "csr"]
 Compat = Literal["official"]
 Embeddings = Array | Tensor | scipy.sparse.csr_matrix
 
-_BATCH_TOKENS = {"cuda": 1 << 15, "mps": 1 << 13, "cpu": 1 << 10}
+_BATCH_TOKENS = {"cuda": 1 << 15, "mps": 1 << 13, "cpu": 1 << 11}
 _PROGRESS_BATCHES = 8
 
 
