@@ -1,0 +1,251 @@
+"""One training step of SPLADE with MiniLM and its 30,522 words: ours against sentence-transformers.
+
+    python benchmarks/step.py --beir DIR        # CPU, about fifteen minutes on two cores
+    python benchmarks/step.py --page            # writes the page from the stored figures
+
+32 times a query, a relevant and another document of a BEIR folder, cut at 128 tokens; forward and backward pass
+through all weights in float32, without tokenisation and optimizer. Everybody gets the same weights, texts and loss:
+sentence-transformers' own SpladeLoss (in-batch negatives and FLOPS), which on our side takes the embeddings that
+lens.head gave. Gradients are compared, without dropout, before anything is timed with it. Memory is that of a process
+of its own, for several batch sizes. Writes benchmarks/results/step.json and a section of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import lens
+from benchmarks.encoding import prepare
+from benchmarks.measure import PAGE, in_turn, load, peak
+from benchmarks.page import RESULTS, listed, machine, versions, write_section
+from lens.corpus import read_beir
+from lens.files import write_json
+from lens.text import token_batches
+from train.step import QueryPassageModel
+
+FILE = RESULTS / "step.json"
+LENGTH = 128
+CACHED_TOKENS = 2048
+Triples = tuple[list[str], list[str], list[str]]  # queries, relevant documents, other documents
+Step = Callable[[], dict[str, Tensor]]
+
+
+def take(folder: Path, count: int) -> Triples:
+    """`count` queries, each with a relevant document and one that is not judged for it."""
+    beir = read_beir(folder)
+    rng = np.random.default_rng(0)
+    documents = sorted(beir.corpus)
+    triples = []
+    for query in sorted(beir.qrels):
+        relevant = [name for name, grade in beir.qrels[query].items() if grade > 0 and name in beir.corpus]
+        if relevant and len(triples) < count:
+            other = next(name for name in rng.permutation(documents) if name not in beir.qrels[query])
+            triples.append((beir.queries[query], beir.corpus[relevant[0]], beir.corpus[other]))
+    if len(triples) < count:
+        raise SystemExit(f"{folder} has {len(triples)} judged queries, and {count} are needed")
+    queries, relevant_texts, others = zip(*triples, strict=True)
+    return list(queries), list(relevant_texts), list(others)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Turns dropout off, in modules and in attention."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def theirs(folder: Path, triples: Triples, dropout: bool, cached: bool) -> Step:
+    """sentence-transformers' step; gradients by the names of the transformers model's parameters."""
+    from sentence_transformers import SparseEncoder
+
+    model = SparseEncoder(str(folder / "words"), device="cpu").train()
+    model.max_seq_length = LENGTH
+    if not dropout:
+        without_dropout(model)
+    loss = splade(model, cached)
+    features = [model.preprocess(texts) for texts in triples]
+
+    def step() -> dict[str, Tensor]:
+        model.zero_grad()
+        found = loss([dict(part) for part in features], None)
+        total = sum(found.values()) if isinstance(found, dict) else found
+        if total.requires_grad:
+            total.backward()
+        return _gradients(model)
+
+    return step
+
+
+def splade(model: Any, cached: bool) -> Any:
+    """SpladeLoss, or with gradient caching CachedSpladeLoss, with sentence-transformers' usual weights."""
+    from sentence_transformers.sparse_encoder import losses
+
+    kind = losses.CachedSpladeLoss if cached else losses.SpladeLoss
+    inner = losses.SparseMultipleNegativesRankingLoss(model)
+    return kind(model, inner, document_regularizer_weight=3e-5, query_regularizer_weight=5e-5)
+
+
+def ours(folder: Path, triples: Triples, dropout: bool, cached: bool) -> Step:
+    """Our step on packed texts, in one pass or in mini-batches by gradient caching."""
+    from sentence_transformers import SparseEncoder
+
+    encoder = lens.load(folder / "lens-words", device="cpu")
+    model = QueryPassageModel(encoder.model).train()
+    model.requires_grad_(True)
+    # The rows of the head are the word embeddings, as in BERT: one tensor, one gradient.
+    encoder.model.head.weight = encoder.model.backbone.get_input_embeddings().weight  # type: ignore[operator]
+    if not dropout:
+        without_dropout(model)
+    loss = splade(SparseEncoder(str(folder / "words"), device="cpu"), cached=False)
+    tokens = [item for texts in triples for item in encoder.text(texts)]
+    budget = CACHED_TOKENS if cached else sum(len(item.ids) for item in tokens)
+    batches = token_batches([len(item.ids) for item in tokens], budget, packed=True)
+    places = torch.empty(len(tokens), dtype=torch.long)
+    places[[i for batch in batches for i in batch]] = torch.arange(len(tokens))
+    parts = [encoder.text.pack([tokens[i] for i in batch]).inputs() for batch in batches]
+    count = len(triples[0])
+
+    def step() -> dict[str, Tensor]:
+        model.zero_grad()
+        queries, passages = model(places[:count], places[count:], parts)
+        embeddings = [queries, passages[:count], passages[count:]]
+        total = loss.loss.compute_loss_from_embeddings(embeddings, None)
+        documents = loss.document_regularizer.compute_loss_from_embeddings(passages)
+        asked = loss.query_regularizer.compute_loss_from_embeddings(queries)
+        total = total + documents * loss.document_regularizer_weight + asked * loss.query_regularizer_weight
+        total.backward()
+        return _gradients(model)
+
+    return step
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by a name that both sides share."""
+    return {
+        name.split("encoder.layer.")[-1].split("embeddings.")[-1]: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and ("encoder.layer." in name or "embeddings." in name)
+    }
+
+
+CONTENDERS = {
+    "LENS": functools.partial(ours, cached=False),
+    f"LENS, {CACHED_TOKENS:,} tokens at a time": functools.partial(ours, cached=True),
+    "SpladeLoss": functools.partial(theirs, cached=False),
+    "CachedSpladeLoss": functools.partial(theirs, cached=True),
+}
+
+
+def check(folder: Path, triples: Triples) -> dict[str, float]:
+    """Greatest difference of each contender's gradients from SpladeLoss's, in parts of each tensor's greatest."""
+    wanted = {name: gradient.clone() for name, gradient in CONTENDERS["SpladeLoss"](folder, triples, False)().items()}
+    apart = {}
+    for name, make in CONTENDERS.items():
+        found = make(folder, triples, False)()
+        if set(found) != set(wanted):
+            raise SystemExit(f"{name} has gradients of other weights: {sorted(set(found) ^ set(wanted))[:5]}")
+        whole = max(float(gradient.abs().max()) for gradient in wanted.values())
+        apart[name] = max(float((found[key] - wanted[key]).abs().max()) for key in wanted) / whole
+        if apart[name] > 1e-3:
+            raise SystemExit(f"{name}'s gradients are {apart[name]:.1e} away: nothing to compare")
+    return apart
+
+
+def memory(name: str, folder: Path, options: argparse.Namespace, batch: int) -> float:
+    """MB beyond the loaded model that one step takes, in a process of its own."""
+    command = [sys.executable, __file__, "--beir", str(options.beir), "--batch", str(batch), "--one", name, str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All figures."""
+    prepare(folder, LENGTH)
+    triples = take(options.beir, options.batch)
+    encoder = lens.load(folder / "lens-words", device="cpu")
+    content: dict[str, Any] = {
+        "machine": machine() | {"load_before": load()},
+        "versions": versions("torch", "transformers", "sentence-transformers"),
+        "source": options.beir.name,
+        "batch": options.batch,
+        "tokens": sum(len(item.ids) for texts in triples for item in encoder.text(texts)),
+        "rounds": options.rounds,
+        "apart": check(folder, triples),
+    }
+    steps = {name: make(folder, triples, True) for name, make in CONTENDERS.items()}
+    content["seconds"] = in_turn(steps, options.rounds)
+    content["memory_mb"] = {
+        name: {batch: memory(name, folder, options, batch) for batch in options.batches} for name in CONTENDERS
+    }
+    return content
+
+
+def page(content: dict[str, Any]) -> list[str]:
+    """The section of docs/performance.md."""
+    batches = list(next(iter(content["memory_mb"].values())))
+    base = content["seconds"]["SpladeLoss"]["median"]
+    lines = [
+        "## A training step (CPU)",
+        "",
+        f"Written by `benchmarks/step.py`; do not edit. Machine: {listed(content['machine'])}. "
+        f"Versions: {listed(content['versions'])}. Medians of {content['rounds']} rounds in turn (least to most).",
+        "",
+        f"{content['batch']} queries of {content['source']}, each with two documents, cut at {LENGTH} tokens: "
+        f"{content['tokens']:,} tokens. MiniLM with 30,522 words, all weights trained in float32, forward and backward "
+        f"pass. Gradients differ by at most {max(content['apart'].values()):.0e} of the greatest. MB beyond the loaded "
+        "model at the peak, by batch size.",
+        "",
+        "| | seconds | against SpladeLoss | " + " | ".join(f"MB at {batch}" for batch in batches) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(batches),
+    ]
+    for name, facts in content["seconds"].items():
+        span = f"{facts['median']:.2f} ({facts['min']:.2f} to {facts['max']:.2f})"
+        held = " | ".join(f"{content['memory_mb'][name][batch]:,.0f}" for batch in batches)
+        lines.append(f"| {name} | {span} | {base / facts['median']:.2f} | {held} |")
+    return lines
+
+
+def main() -> None:
+    """Measures, stores and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--beir", type=Path, help="folder with judgements to take triples from")
+    parser.add_argument("--batch", type=int, default=32, help="queries of the timed step (default: %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="batches to take memory of")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each, in turn (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=FILE, help="JSON file to write (default: %(default)s)")
+    parser.add_argument("--page", action="store_true", help="write the page from stored figures, no more")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.page and not options.beir:
+        parser.error("give --beir, or --page")
+    if options.one:
+        triples = take(options.beir, options.batch)
+        small: Triples = (triples[0][:2], triples[1][:2], triples[2][:2])
+        make = CONTENDERS[options.one[0]]
+        make(Path(options.one[1]), small, True)()  # what is set up once does not count
+        step = make(Path(options.one[1]), triples, True)
+        print(peak(step))
+        return
+    if not options.page:
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(options.output, measure(options, Path(folder)))
+    if options.output == FILE:
+        write_section("step", page(json.loads(FILE.read_text(encoding="utf-8"))), PAGE)
+
+
+if __name__ == "__main__":
+    main()
