@@ -14,7 +14,16 @@ from transformers import AttentionInterface
 
 import lens
 from lens.backbone import hidden_states, load_backbone
-from lens.packed import IMPLEMENTATION, UNLIMITED, can_pack, packed_attention, packed_states, packing_limit, pooled_rows
+from lens.packed import (
+    IMPLEMENTATION,
+    UNLIMITED,
+    can_pack,
+    choose_packed,
+    packed_attention,
+    packed_states,
+    packing_limit,
+    pooled_rows,
+)
 from lens.text import token_batches
 from train.build import build
 from train.config import Recipe
@@ -166,6 +175,21 @@ def test_embeddings_do_not_depend_on_packing_or_company(folder, request):
     for i, text in enumerate(texts):
         torch.testing.assert_close(model.encode([text], output="torch")[0], found[i], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.encode(texts[::-1], output="torch").flip(0), found, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_chosen_when_nothing_is_asked_for(mistral, monkeypatch):
+    backbone, _, _ = load_backbone(str(mistral))
+    assert choose_packed(backbone, 100, None, half=False)
+    assert not choose_packed(backbone, 100, False, half=False)
+    gpu = SimpleNamespace(device=torch.device("cuda"), requires_grad=True)
+    monkeypatch.setattr(type(backbone), "parameters", lambda self: iter([gpu]))
+    assert choose_packed(backbone, 100, None, half=True)
+    assert not choose_packed(backbone, 100, None, half=False)  # many small kernels instead of one
+    backbone.config.attention_dropout = 0.1
+    assert not choose_packed(backbone, 100, None, half=True)
+    assert choose_packed(backbone, 100, True, half=True)
+    gpu.requires_grad = False
+    assert choose_packed(backbone, 100, None, half=True)
 
 
 def test_packed_batches_hold_real_tokens_only(bert, bert_clusters):
