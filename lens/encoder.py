@@ -21,7 +21,7 @@ from lens.backbone import resolve_device
 from lens.compat import is_released, load_released
 from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, fetch, load_model
-from lens.packed import can_pack
+from lens.packed import choose_packed
 from lens.quantized import Quantization
 from lens.text import Kind, TextProcessor, Tokens, check_texts, token_batches
 from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
@@ -195,10 +195,9 @@ class LENS:
 
     def _packs(self) -> bool:
         """Whether texts go through the backbone without padding."""
-        if self.packed is False:
-            return False
         longest = max(self.config.query_max_length, self.config.document_max_length)
-        return can_pack(self.model.backbone, longest, required=self.packed is True)
+        half = self.model.head.weight.dtype in (torch.bfloat16, torch.float16)
+        return choose_packed(self.model.backbone, longest, self.packed, half)
 
     def _embed(self, tokens: Sequence[Tokens], packed: bool) -> Tensor:
         batch = self.text.pack(tokens) if packed else self.text.collate(tokens)
@@ -273,7 +272,8 @@ def load(
     (org/name); None leaves the choice to transformers. `quantization` ("4bit", "8bit") quantises the backbone while it
     is read, with bitsandbytes; "int8" multiplies in 8 bits, which on a CPU is faster (see lens/int8.py). `compile`
     compiles the backbone's layers, at the first texts, which pays on GPUs for many texts.
-    `packed` lays texts one after another without padding: False never, True or an error, None where the backbone can.
+    `packed` lays texts one after another without padding: False never, True or an error, None where the backbone can
+    and it pays.
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
     docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """

@@ -92,6 +92,26 @@ def can_pack(backbone: nn.Module, longest: int, required: bool = False) -> bool:
     return longest <= limit
 
 
+def choose_packed(backbone: nn.Module, longest: int, packed: bool | None, half: bool) -> bool:
+    """Whether texts of up to `longest` tokens go packed: as `packed` says; None: where the backbone can and it pays.
+
+    On a GPU it pays with a kernel for texts of any length: flash attention, or torch's own, which works in `half`
+    precision and without dropout in the attention. Raises ValueError where `packed` is True and it cannot be.
+    """
+    if packed is False or (packed is None and not _pays(backbone, half)):
+        return False
+    return can_pack(backbone, longest, required=packed is True)
+
+
+def _pays(backbone: nn.Module, half: bool) -> bool:
+    config: Any = bare_model(backbone).config
+    if next(backbone.parameters()).device.type != "cuda" or is_flash(config._attn_implementation):
+        return True
+    names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+    trained = any(parameter.requires_grad for parameter in backbone.parameters())
+    return half and not (trained and any(getattr(config, name, 0.0) for name in names))
+
+
 def pooled_rows(states: Tensor, pool_mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Packed states (T, D) of which pool_mask (T,) says the pooled ones -> those alone, and the texts' offsets."""
     ends = F.pad(pool_mask.cumsum(0), (1, 0))  # pooled positions before each position
@@ -155,6 +175,9 @@ def packed_attention(
     if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")):
         raise ValueError("packed texts go with no position bias, cap, sink or cache in the attention")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if torch.is_autocast_enabled(query.device.type):  # as sdpa is under autocast
+        kind = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
     if _has_kernel(query, value) and dropout == 0:
         reach = -1 if sliding_window is None else sliding_window - 1
         offsets, longest = attention_mask[0, 0, 0], attention_mask.shape[2]

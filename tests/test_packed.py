@@ -7,15 +7,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SENTENCES
-from test_models import ALL, backbones  # noqa: F401
+from test_models import ALL, DECODERS, backbones  # noqa: F401
 from test_step import LORA, assert_same, step_of  # noqa: F401
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 import lens
-from lens.attention import compile_layers
 from lens.backbone import hidden_states, load_backbone
-from lens.packed import IMPLEMENTATION, UNLIMITED, can_pack, packed_attention, packed_states, packing_limit, pooled_rows
+from lens.packed import (
+    IMPLEMENTATION,
+    UNLIMITED,
+    can_pack,
+    choose_packed,
+    packed_attention,
+    packed_states,
+    packing_limit,
+    pooled_rows,
+)
 from lens.text import token_batches
 from train.build import build
 from train.config import Recipe
@@ -40,8 +48,9 @@ def padded(backbone, texts):
     return hidden_states(backbone, pad_sequence(texts, batch_first=True), mask)[mask.bool()]
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "bidirectional"), [*((name, True) for name in ALL), *((name, False) for name in DECODERS)]
+)
 def test_packed_states_are_those_of_texts_by_themselves(name, bidirectional, backbones):  # noqa: F811
     backbone, _, _ = load_backbone(str(backbones(name)[0]), bidirectional=bidirectional)
     backbone.eval()
@@ -55,7 +64,6 @@ def test_packed_states_are_those_of_texts_by_themselves(name, bidirectional, bac
         with torch.no_grad():
             found = packed_states(backbone, ids, cu_seqlens, max(lengths))
             torch.testing.assert_close(found, one_by_one(backbone, texts), atol=2e-5, rtol=1e-4)
-            torch.testing.assert_close(padded(backbone, texts), one_by_one(backbone, texts), atol=2e-5, rtol=1e-4)
     with torch.no_grad():  # one text changes, and no other
         ids, cu_seqlens, texts = texts_of()
         found = packed_states(backbone, ids, cu_seqlens, 23)
@@ -169,6 +177,21 @@ def test_embeddings_do_not_depend_on_packing_or_company(folder, request):
     torch.testing.assert_close(model.encode(texts[::-1], output="torch").flip(0), found, atol=1e-5, rtol=1e-4)
 
 
+def test_what_is_chosen_when_nothing_is_asked_for(mistral, monkeypatch):
+    backbone, _, _ = load_backbone(str(mistral))
+    assert choose_packed(backbone, 100, None, half=False)
+    assert not choose_packed(backbone, 100, False, half=False)
+    gpu = SimpleNamespace(device=torch.device("cuda"), requires_grad=True)
+    monkeypatch.setattr(type(backbone), "parameters", lambda self: iter([gpu]))
+    assert choose_packed(backbone, 100, None, half=True)
+    assert not choose_packed(backbone, 100, None, half=False)  # many small kernels instead of one
+    backbone.config.attention_dropout = 0.1
+    assert not choose_packed(backbone, 100, None, half=True)
+    assert choose_packed(backbone, 100, True, half=True)
+    gpu.requires_grad = False
+    assert choose_packed(backbone, 100, None, half=True)
+
+
 def test_packed_batches_hold_real_tokens_only(bert, bert_clusters):
     model = lens.LENS.build(bert, bert_clusters)
     tokens = model.text(["the quick brown fox", "", "a lexicon"])
@@ -186,20 +209,24 @@ def test_packed_batches_hold_real_tokens_only(bert, bert_clusters):
     assert token_batches([6, 2, 2], 10) == [[0], [1, 2]]
 
 
+FULL = {"backbone": "full", "train_head": True}
+
+
 @pytest.mark.parametrize(
-    ("folder", "settings"),
+    ("settings", "budget", "caching"),
     [
-        ("mistral", {**LORA, "lora_dropout": 0.0}),
-        ("mistral", {**LORA, "lora_dropout": 0.0, "gradient_checkpointing": True}),
-        ("mistral", {**LORA, "lora_dropout": 0.0, "bidirectional": False}),
-        ("mistral", {"backbone": "full", "train_head": True, "gradient_checkpointing": True}),
+        (LORA, None, "checkpoints"),
+        ({**LORA, "gradient_checkpointing": True}, 60, "checkpoints"),
+        ({**LORA, "gradient_checkpointing": True}, 60, "passes"),
+        ({**LORA, "bidirectional": False}, 60, "checkpoints"),
+        ({**FULL, "gradient_checkpointing": True}, None, "checkpoints"),
+        (FULL, 60, "passes"),
     ],
 )
-@pytest.mark.parametrize(("budget", "caching"), [(None, "checkpoints"), (60, "checkpoints"), (60, "passes")])
-def test_gradients_are_those_of_padded_batches(folder, settings, budget, caching, step_of, request):  # noqa: F811
-    path, clusters = request.getfixturevalue(folder), request.getfixturevalue(f"{folder}_clusters")
-    whole = step_of(path, clusters, None, **settings)
-    packed = step_of(path, clusters, budget, caching=caching, packed=True, **settings)
+def test_gradients_are_those_of_padded_batches(settings, budget, caching, step_of, mistral, mistral_clusters):  # noqa: F811
+    settings = {"lora_dropout": 0.0, **settings}
+    whole = step_of(mistral, mistral_clusters, None, **settings)
+    packed = step_of(mistral, mistral_clusters, budget, caching=caching, packed=True, **settings)
     assert (packed[2] > 2) == (budget is not None)
     assert_same(whole, packed, 1e-4)
 
@@ -234,7 +261,7 @@ def test_lora_and_gradient_checkpointing_reach_the_attention_of_every_family(bac
                     module.attention_dropout = 0.0
             ids, cu_seqlens, texts = texts_of()
             run = packed_states(backbone, ids, cu_seqlens, 23) if packed else padded(backbone, texts)
-            run.square().sum().backward()
+            (run * torch.randn(run.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
             grads.append({n: p.grad for n, p in backbone.named_parameters() if p.grad is not None})
         assert grads[0].keys() == grads[1].keys()
         assert len(grads[0]) > 8
@@ -243,18 +270,16 @@ def test_lora_and_gradient_checkpointing_reach_the_attention_of_every_family(bac
             assert (grad - grads[0][key]).norm() <= 1e-4 * (grad.norm() + 1e-3 * largest), (name, key)
 
 
-@pytest.mark.slow
 def test_compiled_layers_take_packed_texts(mistral):
     backbone, _, _ = load_backbone(str(mistral))
-    ids, cu_seqlens, texts = texts_of()
+    assert packing_limit(backbone.eval()) == UNLIMITED
+    cases = [texts_of(lengths) for lengths in (LENGTHS, OTHER_ORDER)]
     with torch.no_grad():
-        expected = one_by_one(backbone.eval(), texts)
-        compile_layers(backbone, torch.device("cpu"))
-        for lengths in (LENGTHS, OTHER_ORDER):
-            ids, cu_seqlens, texts = texts_of(lengths)
-            expected = torch.cat([hidden_states(backbone, t[None], torch.ones_like(t[None]))[0] for t in texts])
-            found = packed_states(backbone, ids, cu_seqlens, 23)
-            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        expected = [one_by_one(backbone, texts) for _, _, texts in cases]
+        for layer in backbone.layers:  # traced as by compile_layers, but without its minute of C++
+            layer.compile(dynamic=True, backend="aot_eager")
+        for (ids, cu_seqlens, _), states in zip(cases, expected, strict=True):
+            torch.testing.assert_close(packed_states(backbone, ids, cu_seqlens, 23), states, atol=2e-5, rtol=1e-4)
 
 
 def test_attention_refuses_what_it_cannot_keep_apart():
@@ -291,3 +316,39 @@ def test_attention_is_softmax_of_each_text(heads, causal, window):
                 weights = torch.softmax(0.3 * keys @ query[0, head, start + i], 0)
                 expected = weights @ value[0, head * heads // 4, [start + j for j in seen]]
                 torch.testing.assert_close(found[0, start + i, head], expected)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gpu_kernel_gets_each_text_and_its_window(causal, window, monkeypatch):
+    """torch's varlen_attn, replaced by a loop over texts that reads the arguments as its documentation says."""
+
+    def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert enable_gqa
+        assert (max_q, max_k) == (7, 7)
+        assert cu_q.tolist() == cu_k.tolist() == ends.tolist()
+        out = torch.empty_like(query)
+        for start, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+            places = torch.arange(end - start)
+            ahead = places - places[:, None]
+            left, right = (1 << 30 if side < 0 else side for side in window_size)
+            seen = (ahead >= -left) & (ahead <= right)
+            for head in range(query.shape[1]):
+                scores = scale * query[start:end, head] @ key[start:end, head // 2].T
+                weights = scores.masked_fill(~seen, -torch.inf).softmax(1)
+                out[start:end, head] = weights @ value[start:end, head // 2]
+        return out
+
+    ends = torch.tensor([0, 5, 10, 17, 19], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, 19, heads, 8, generator=generator).transpose(1, 2) for heads in (4, 2, 2)]
+    module = SimpleNamespace(is_causal=causal, num_key_value_groups=2)
+    options = {"scaling": 0.3, "sliding_window": window}
+    layout = ends.expand(1, 1, 7, -1)
+    expected, _ = packed_attention(module, *states, layout, **options)
+    monkeypatch.setattr("lens.packed._has_kernel", lambda query, value: True)
+    monkeypatch.setattr("lens.packed.varlen", SimpleNamespace(varlen_attn=varlen_attn))
+    found, _ = packed_attention(module, *states, layout, **options)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    again, _ = packed_attention(module, *states, layout, dropout=0.5, **options)  # which the kernel cannot do
+    assert not torch.allclose(again, expected)

@@ -155,7 +155,8 @@ class Recipe:
     are computed again in the backward pass (gradient caching), so that batch_size is not bound by memory. None: the
     whole batch in two passes, queries and passages."""
     packed: bool | None = None
-    """Texts one after another, without padding. None: where the backbone can; true: or an error; false: never."""
+    """Texts one after another, without padding. None: where the backbone can and it pays; true: or an error; false:
+    never."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = 42

@@ -34,7 +34,7 @@ from lens.backbone import resolve_device
 from lens.card import Facts, recipe_facts
 from lens.files import check_output, read_json, write_json
 from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel
-from lens.packed import can_pack
+from lens.packed import choose_packed
 from lens.text import TextProcessor
 from train.build import build
 from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
@@ -132,7 +132,7 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     with whole_weights(arguments):
         model, tokenizer = build(recipe)
     longest = max(model.config.query_max_length, model.config.document_max_length)
-    packed = recipe.packed is not False and can_pack(model.backbone, longest, required=recipe.packed is True)
+    packed = choose_packed(model.backbone, longest, recipe.packed, half=recipe.precision != "fp32")
     top = TopLayers(model.backbone, recipe.top_layers, packed) if recipe.backbone == "top" else None
     text = TextProcessor(tokenizer, model.config)
     check_prompts(text, sources)
