@@ -19,7 +19,6 @@ from lens.chunked import Blocks, block_size
 
 # Legend: T tokens, I and O inputs and outputs of a linear layer, D hidden size, K clusters.
 
-_ZERO = 128  # of activations in uint8, the kind that the kernels take
 _ROWS = 512  # tokens quantised and multiplied at a time, so that they stay in the cache
 
 
@@ -35,27 +34,31 @@ class _Packed:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Products (T, O) float32 of quantised tokens (T, I), in units of the tokens' scales."""
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            tokens, 1.0, _ZERO, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            tokens, 1.0, _top() + 1, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
 
 
 def _top() -> int:
-    """Greatest whole number of an activation: products of pairs overflow 16 bits on processors without VNNI."""
+    """Greatest whole number of an activation, which is then stored from 1 to 2 top + 1, zero being top + 1.
+
+    Processors without VNNI add two products in 16 bits, which 2 * 127 * 127 just fits and more would overflow.
+    """
     return 127 if torch.cpu._is_vnni_supported() else 63
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (T, I) as uint8 around _ZERO, and their scales (T, 1).
+    """Tokens (T, I) as uint8 around _top() + 1, and their scales (T, 1).
 
     Raises FloatingPointError for NaN and infinite values.
     """
-    scales = x.abs().amax(1, keepdim=True) / _top()
+    top = _top()
+    scales = x.abs().amax(1, keepdim=True) / top
     if not math.isfinite(float(scales.sum())):
         raise FloatingPointError("activations hold NaN or infinite values, which int8 cannot hold")
     steps = scales.clamp(min=1e-30).reciprocal()
     tokens = torch.mul(x, steps).round_().to(torch.int8)  # straight to uint8 would take six times as long
-    return tokens.view(torch.uint8).bitwise_xor_(_ZERO), scales
+    return tokens.view(torch.uint8).add_(top + 1), scales  # modulo 256
 
 
 class Int8Linear(nn.Module):

@@ -66,14 +66,15 @@ def packing_limit(backbone: nn.Module) -> int:
     Found by a probe when first asked for, and kept; a backbone that can is then switched from `sdpa` to `lens_packed`.
     """
     bare: Any = bare_model(backbone)
-    name = getattr(bare.config, "_attn_implementation", None)
     with _probing:
         limits = bare.__dict__.setdefault(_LIMITS, {})
+        name = getattr(bare.config, "_attn_implementation", None)
+        name = "sdpa" if name == IMPLEMENTATION else name
         if name not in limits:
-            limits[name] = limits[IMPLEMENTATION] = 0
-            if name == "sdpa" or is_flash(name):
-                limits[name] = _probe_limit(backbone, switch=name == "sdpa")
-                limits[IMPLEMENTATION] = limits[name] if name == "sdpa" else 0
+            can = name == "sdpa" or is_flash(name)
+            limits[name] = _probe_limit(backbone, switch=name == "sdpa") if can else 0
+        if name == "sdpa" and limits[name] and bare.config._attn_implementation == "sdpa":  # set back meanwhile
+            bare.set_attn_implementation(IMPLEMENTATION)
         return int(limits[name])
 
 
@@ -81,11 +82,13 @@ def can_pack(backbone: nn.Module, longest: int, required: bool = False) -> bool:
     """Whether a backbone can take packed texts of up to `longest` tokens; where not, and `required`, ValueError."""
     limit = packing_limit(backbone)
     if required and longest > limit:
-        reason = (
-            f"its attention window of {limit} tokens is shorter than texts of {longest}"
-            if limit
-            else "its attention does not keep packed texts apart"
-        )
+        name = str(getattr(bare_model(backbone).config, "_attn_implementation", None))
+        if limit:
+            reason = f"its attention window of {limit} tokens is shorter than texts of {longest}"
+        elif name in ("sdpa", IMPLEMENTATION) or is_flash(name):
+            reason = "its attention does not keep packed texts apart"
+        else:
+            reason = f"attn_implementation={name!r} cannot take packed texts, sdpa and flash attention can"
         raise ValueError(
             f"packed=True contradicts the backbone {type(bare_model(backbone)).__name__}: {reason}. Leave packed out"
         )
@@ -271,6 +274,7 @@ def _probe_limit(backbone: nn.Module, switch: bool) -> int:
     lengths = [min(length, positions) for length in (11, 5, 5, window + 9 if reached else 8)]
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
+    works = False
     if switch:
         bare.set_attn_implementation(IMPLEMENTATION)
     try:
@@ -283,12 +287,12 @@ def _probe_limit(backbone: nn.Module, switch: bool) -> int:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError):
-        works = False  # attention code of the model's own met something that it does not know
+        pass  # attention code of the model's own met something that it does not know
     finally:
         for module, training in modes.items():
             module.training = training
-    if switch and not works:
-        bare.set_attn_implementation("sdpa")
+        if switch and not works:
+            bare.set_attn_implementation("sdpa")
     if not works:
         return 0
     return UNLIMITED if reached else window

@@ -80,7 +80,12 @@ def _device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _precision(tensor: Tensor) -> str:
-    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if tensor.dtype != torch.float32:
+        return "ieee"
+    matmul: Any = torch.backends.cuda.matmul
+    # Once the newer setting was used, torch refuses to tell the older one.
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

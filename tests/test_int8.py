@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +49,28 @@ def test_products_equal_whole_number_arithmetic(shape):
             ]
         ),
     )
+
+
+_WITHOUT_VNNI = """
+import torch
+from torch import nn
+import lens.int8
+lens.int8._top = lambda: 63
+torch.manual_seed(0)
+linear = nn.Linear(384, 500)
+for x in (torch.randn(64, 384), torch.ones(3, 384)):
+    exact, found = linear(x), lens.int8.Int8Linear(linear)(x)
+    assert (found - exact).abs().max() < 0.05 * exact.abs().max(), (found - exact).abs().max()
+nn.init.ones_(linear.weight), nn.init.zeros_(linear.bias)
+assert torch.allclose(lens.int8.Int8Linear(linear)(torch.ones(2, 384)), torch.tensor(384.0))
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_sums_do_not_overflow_without_vnni(instructions):
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_VNNI], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_token_is_rounded_by_its_own_values_only():

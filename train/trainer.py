@@ -167,7 +167,7 @@ class LensTrainer(Trainer):
         """nDCG@10 on the evaluation's data sets; the model's artifact goes to `best` when it is the best so far."""
         mode = self.lens.training
         with self.accelerator.autocast():
-            model = LENS(self.lens, self.tokenizer, self.args.device)
+            model = LENS(self.lens, self.tokenizer, self.args.device, packed=self.recipe.packed)
             values = evaluate(model, self.evaluation, self.recipe.eval_instruction)
         self.lens.train(mode)
         self.log(values)
