@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 from test_models import ALL, DECODERS, backbones  # noqa: F401
-from test_step import LORA, assert_same, step_of  # noqa: F401
+from test_step import LORA, assert_same, examples, step_of  # noqa: F401
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
@@ -27,6 +27,8 @@ from lens.packed import (
 from lens.text import token_batches
 from train.build import build
 from train.config import Recipe
+from train.states import compute_states, keys_of
+from train.top import TopLayers
 
 LENGTHS = [23, 23, 14, 9, 9, 9, 1]
 OTHER_ORDER = [9, 1, 23, 14, 9, 23, 9]
@@ -280,6 +282,27 @@ def test_compiled_layers_take_packed_texts(mistral):
             layer.compile(dynamic=True, backend="aot_eager")
         for (ids, cu_seqlens, _), states in zip(cases, expected, strict=True):
             torch.testing.assert_close(packed_states(backbone, ids, cu_seqlens, 23), states, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("folder", ["mistral", "bert"])
+def test_stored_states_and_last_layers_are_those_of_padded_batches(folder, request, tmp_path):
+    path, clusters = request.getfixturevalue(folder), request.getfixturevalue(f"{folder}_clusters")
+    keys = keys_of([examples()])
+    found = {}
+    for packed in (False, True):
+        model = lens.LENS.build(path, clusters)
+        for parts in ("final", "below"):
+            top = TopLayers(model.model.backbone, 1, packed) if parts == "below" else None
+            file = tmp_path / f"{parts}-{packed}.f16"
+            store = compute_states(model.model, model.text, keys, file, top, batch_tokens=60, packed=packed)
+            batch = store.batch(keys[::-1])
+            found[parts, packed] = batch["hidden" if top is None else "below"]
+            if top is not None:
+                states = found["below", False].clone().requires_grad_()
+                found["top", packed] = top(states, batch["cu_seqlens"])
+                found["gradient", packed] = torch.autograd.grad(found["top", packed].pow(3).sum(), states)[0]
+    for parts in ("final", "below", "top", "gradient"):
+        torch.testing.assert_close(found[parts, True], found[parts, False], atol=2e-3, rtol=2e-3)
 
 
 def test_attention_refuses_what_it_cannot_keep_apart():

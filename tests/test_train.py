@@ -207,7 +207,7 @@ def test_runs_that_cannot_start_say_why_in_one_line(empty, bert, bert_clusters, 
 def test_a_run_killed_while_caching_or_logging_goes_on(empty, bert, bert_clusters, pairs, tmp_path, monkeypatch):
     arguments = settings(bert, bert_clusters, pairs, tmp_path / "run", **FROZEN)
 
-    def killed(*_):
+    def killed(*_, **__):
         (tmp_path / "run" / "hidden.f16").write_bytes(b"half")
         raise KeyboardInterrupt
 
