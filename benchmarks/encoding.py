@@ -232,6 +232,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     content["utilisation"] = utilisation(folder, texts, options.rounds)
     content["memory_mb"] = {name: memory(name, folder, options) for name in loaded}
     if options.model and options.judged:
+        content["dimensions"] = read_json(options.model / "lens.json")["dimensions"]
         content["ndcg"] = judged(options.model.resolve(), [path.resolve() for path in options.judged])
     return content
 
@@ -273,7 +274,7 @@ def page(content: dict[str, Any]) -> list[str]:
     if "ndcg" in content:
         lines += [
             "",
-            "What int8 costs, nDCG@10 of a trained model:",
+            f"What int8 costs, nDCG@10 of a trained model with {content['dimensions']:,} clusters:",
             "",
             "| | float32 | int8 |",
             "| --- | ---: | ---: |",

@@ -6,8 +6,8 @@
 
 From hidden states (B, L, D) to embeddings (B, K), the product with the K rows included for everybody, without and
 with the backward pass to hidden states and rows. Values and gradients are compared before anything is timed. Beside
-them stands the product alone, forward, which nobody can undercut. Writes benchmarks/results/head.json (head-cuda.json
-on a GPU) and a section of docs/performance.md.
+them stands the product alone, forward, as one call that writes all logits. Writes benchmarks/results/head.json
+(head-cuda.json on a GPU) and a section of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Embed = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The product alone, as one matrix multiplication."""
+    """The product alone, as one matrix multiplication that writes all logits to memory."""
     return hidden.flatten(0, 1) @ weight.t()
 
 

@@ -375,3 +375,24 @@ def test_the_gpu_kernel_gets_each_text_and_its_window(causal, window, monkeypatc
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     again, _ = packed_attention(module, *states, layout, dropout=0.5, **options)  # which the kernel cannot do
     assert not torch.allclose(again, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel for texts of any length needs a GPU")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_the_gpu_kernel_gives_what_the_cpu_gives(heads, causal, window):
+    """Values and gradients in bfloat16 against float32 on the CPU."""
+    ends = torch.tensor([0, 5, 10, 17, 19], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    module = SimpleNamespace(is_causal=causal, num_key_value_groups=4 // heads)
+    whole = [torch.randn(1, 19, count, 64, generator=generator).transpose(1, 2) for count in (4, heads, heads)]
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        leaves = [states.to(device, dtype).requires_grad_() for states in whole]
+        layout = ends.to(device).expand(1, 1, 7, -1)
+        out, _ = packed_attention(module, *leaves, layout, scaling=0.1, sliding_window=window)
+        out.float().square().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.float().cpu(), expected, atol=0.05, rtol=0.05)
