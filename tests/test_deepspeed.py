@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,8 +51,10 @@ def test_off_load_to_cpu_memory_trains_the_weights_of_one_process(
     plain = {**LORA, "lora_dropout": 0.0, "train_special_tokens": "false", "save_steps": 6}
     assert train([empty, *settings(mistral, mistral_clusters, pairs, tmp_path / "one", **plain)]) == 0
     arguments = settings(mistral, mistral_clusters, pairs, tmp_path / "many", **plain, **changes, deepspeed=name)
+    before = set(Path("/dev/shm").glob("deepspeed_*"))
     done = deepspeed(empty, arguments, ranks)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= before
     one, many = weights_of(tmp_path / "one"), weights_of(tmp_path / "many")
     assert one.keys() == many.keys()
     for key, weight in one.items():  # six steps of 0.01 have moved them by up to 0.06

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -61,6 +64,19 @@ def deepspeed_config(name: str) -> dict[str, Any]:
 def stage_of(config: dict[str, Any] | None) -> int:
     """The ZeRO stage of a DeepSpeed configuration; 0 for None."""
     return int(config["zero_optimization"]["stage"]) if config else 0
+
+
+def drop_shared_memory_names() -> None:
+    """Unlinks the 69 MB in /dev/shm by which DeepSpeed's ranks on CPUs reach each other, and which it never removes.
+
+    The memory stays mapped until the processes end, whichever way they do. Called by all ranks, once all are ready.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()  # by now every rank has opened the others'
+    place = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{dist.get_rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 @contextmanager
