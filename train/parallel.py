@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from lens.files import read_json, require
@@ -66,17 +66,20 @@ def stage_of(config: dict[str, Any] | None) -> int:
     return int(config["zero_optimization"]["stage"]) if config else 0
 
 
-def drop_shared_memory_names() -> None:
+class SharedMemory(TrainerCallback):
     """Unlinks the 69 MB in /dev/shm by which DeepSpeed's ranks on CPUs reach each other, and which it never removes.
 
-    The memory stays mapped until the processes end, whichever way they do. Called by all ranks, once all are ready.
+    The memory itself stays mapped until the processes end, whichever way they do.
     """
-    if not dist.is_initialized():
-        return
-    dist.barrier()  # by now every rank has opened the others'
-    place = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{dist.get_rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """By now DeepSpeed is set up on this rank, and after the barrier on all."""
+        if args.deepspeed is None or args.device.type != "cpu" or not dist.is_initialized():
+            return
+        dist.barrier()
+        place = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{dist.get_rank()}"
+        Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
 from train.config import Recipe, load_recipe, parse_overrides
 from train.data import Batches, TeacherEmbeddings
 from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
-from train.parallel import collected, deepspeed_config, drop_shared_memory_names, stage_of, whole_weights
+from train.parallel import collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping
 from train.sampler import Schedule
 from train.sources import DataSet, local_files, make_schedule, read_sources
@@ -162,8 +162,6 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
         packed,
     )
     trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top, evaluation, stopping)
-    if recipe.deepspeed is not None and arguments.device.type == "cpu":
-        drop_shared_memory_names()
     checkpoint = next(reversed(whole_checkpoints(output)), None)
     for marker in sorted(output.glob(f"checkpoint-*/{COMPLETE_FILE}")):
         if lost := damage(marker.parent):

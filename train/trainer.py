@@ -29,7 +29,7 @@ from train.config import Recipe
 from train.data import Batches
 from train.evaluate import EVALUATION_FILE, best_folder, best_so_far, evaluate
 from train.loss import contrastive_loss
-from train.parallel import collected
+from train.parallel import SharedMemory, collected
 from train.progress import Progress, Stopping
 from train.step import QueryPassageModel, cached_backward
 from train.top import TopLayers
@@ -60,6 +60,7 @@ class LensTrainer(Trainer):
         self.evaluation = evaluation
         self.progress = Progress(Path(recipe.output))
         self.add_callback(self.progress)
+        self.add_callback(SharedMemory())
         if evaluation:
             self.add_callback(_Evaluating(recipe.eval_steps))
         if stopping is not None:
