@@ -93,7 +93,8 @@ def sparse(folder: Path, **options) -> SparseEncoder:
     return SparseEncoder(str(folder), trust_remote_code=True, device="cpu", **options)
 
 
-def close(found, expected, tolerance: float = 1e-6, relative: float = 1e-5) -> None:
+def close(found, expected, tolerance: float = 5e-6, relative: float = 1e-5) -> None:
+    # Small values are differences of larger ones; lens packs texts, sentence-transformers pads them, and sums differ.
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=tolerance, rtol=relative)
 
 
