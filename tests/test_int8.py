@@ -79,11 +79,11 @@ def test_a_token_is_rounded_by_its_own_values_only():
     torch.testing.assert_close(Int8Linear(linear)(torch.cat([small, large]))[:3], Int8Linear(linear)(small))
 
 
-@pytest.mark.parametrize("family", ["mistral", "bert"])
-@pytest.mark.parametrize("pooling", ["max", "sum", "last"])
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [("mistral", "max"), ("mistral", "sum"), ("mistral", "last"), ("bert", "max"), ("bert", "sum")],
+)
 def test_embeddings_stay_near_float32(family, pooling, request, tmp_path):
-    if (family, pooling) == ("bert", "last"):
-        pytest.skip("encoders are not pooled at their last token")
     base, clusters = request.getfixturevalue(family), request.getfixturevalue(f"{family}_clusters")
     model = lens.LENS.build(base, clusters, device="cpu", pooling=pooling)
     model.save(tmp_path / "model")
