@@ -93,7 +93,8 @@ def sparse(folder: Path, **options) -> SparseEncoder:
     return SparseEncoder(str(folder), trust_remote_code=True, device="cpu", **options)
 
 
-def close(found, expected, tolerance: float = 1e-6, relative: float = 1e-5) -> None:
+def close(found, expected, tolerance: float = 5e-6, relative: float = 1e-5) -> None:
+    # A logit is a sum of products of order 1 to 10 in float32, in an order that goes with the batch: 1e-6 is rounding.
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=tolerance, rtol=relative)
 
 
@@ -103,7 +104,7 @@ def test_sentence_transformers_gives_the_vectors_of_lens(folders: dict[str, Path
     documents, queries = model.encode_documents(TEXTS), model.encode_queries(TEXTS)
     assert not np.allclose(documents, queries)
     # sentence-transformers pads texts, as `model` does; packed ones are summed in another order
-    close(lens.load(folders[kind], device="cpu").encode_documents(TEXTS), documents, 5e-6)
+    close(lens.load(folders[kind], device="cpu").encode_documents(TEXTS), documents)
     close(peer.encode(TEXTS), documents)
     close(peer.encode(TEXTS, batch_size=1), documents)
     close(peer.encode(TEXTS[::-1], batch_size=3)[::-1], documents)
