@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lens.backbone import position_limit, resolve_device
+from lens.backbone import hidden_states, position_limit, resolve_device
 from lens.card import model_card
 from lens.encoder import resolve_dtype
 from lens.explain import ClusterTokens
@@ -167,14 +167,18 @@ class LensModule(InputModule):  # type: ignore[misc]
             found = self.text([asked[row][2] for row in rows], kind, instruction)
             tokens |= dict(zip(rows, found, strict=True))
         batch = self.text.collate([tokens[row] for row in range(len(texts))])
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pool_mask": batch.pool_mask}
+        mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # whose rows losses with gradient caching may cut
+        mask.view(-1)[batch.pooled] = True
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pool_mask": mask}
 
     def forward(self, features: dict[str, Any], max_active_dims: int | None = None) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, K) float32; `max_active_dims` keeps the largest values as `top_k` of LENS does.
 
         Raises FloatingPointError in eval mode when values are not finite.
         """
-        embeddings = self.model(features["input_ids"], features["attention_mask"], features["pool_mask"])
+        head = self.model.head
+        hidden = hidden_states(self.model.backbone, features["input_ids"], features["attention_mask"])
+        embeddings = head(hidden.to(head.weight.dtype), features["pool_mask"])
         if not self.training and not bool(torch.isfinite(embeddings).all()):
             raise FloatingPointError(
                 "embeddings hold NaN or infinite values: load with model_kwargs={'dtype': 'bfloat16'} or 'float32'"
