@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lens import int8
+from lens import int8, pipeline
 from lens.attention import compile_layers, is_flash
 from lens.backbone import resolve_device
 from lens.compat import is_released, load_released
@@ -23,7 +25,7 @@ from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, fetch, load_model
 from lens.packed import choose_packed
 from lens.quantized import Quantization
-from lens.text import Kind, TextProcessor, Tokens, check_texts, token_batches
+from lens.text import Kind, TextProcessor, check_texts
 from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
 
 # Legend: N texts, K clusters.
@@ -169,28 +171,33 @@ class LENS:
         if budget < 1:
             raise ValueError(f"batch_tokens must be at least 1 token, found {batch_tokens}")
         width = self.config.dimensions if columns is None else len(columns)
-        tokens = self.text(texts, kind, instruction)
         packed = self._packs()
-        batches = token_batches([len(item.ids) for item in tokens], budget, packed)
+        blocks = pipeline.plan(self.text, texts, kind, instruction, budget, packed)
+        first = next(blocks, [])
         if show_progress is None:
-            show_progress = len(batches) >= _PROGRESS_BATCHES
+            show_progress = len(texts) > pipeline.BLOCK or len(first) >= _PROGRESS_BATCHES
+        batches = pipeline.prepare(self.text, chain(first, chain.from_iterable(blocks)), packed, self.device)
+        kept = None if columns is None else torch.tensor(columns, device=self.device)
+        shrink = functools.partial(prune, dims=kept, top_k=top_k, normalize=self.config.normalize)
+        results = pipeline.compute(self.model, batches, shrink, self.device, self.model.head.weight.dtype)
         parts: list[Any] = []
+        order: list[int] = []
         dense = None if output == "csr" else torch.zeros(len(texts), width)
-        with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
-            for batch in batches:
-                embeddings = self._embed([tokens[i] for i in batch], packed)
-                embeddings = prune(embeddings, columns, top_k, self.config.normalize).cpu()
+        bar = tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False)
+        with bar, closing(blocks), closing(results):  # so that threads that work ahead end with an error, too
+            for rows, embeddings in results:
                 if dense is None:
                     parts.append(to_csr(embeddings))
+                    order += rows
                 else:
-                    dense[batch] = embeddings
-                bar.update(len(batch))
+                    dense[rows] = embeddings
+                bar.update(len(rows))
         if dense is not None:
             return dense.numpy() if output == "numpy" else dense
         if not parts:
             return scipy.sparse.csr_matrix((0, width), dtype=np.float32)
         restored = np.empty(len(texts), dtype=np.int64)
-        restored[[i for batch in batches for i in batch]] = np.arange(len(texts))
+        restored[order] = np.arange(len(texts))
         return scipy.sparse.vstack(parts, format="csr")[restored]
 
     def _packs(self) -> bool:
@@ -198,16 +205,6 @@ class LENS:
         longest = max(self.config.query_max_length, self.config.document_max_length)
         half = self.model.head.weight.dtype in (torch.bfloat16, torch.float16)
         return choose_packed(self.model.backbone, longest, self.packed, half)
-
-    def _embed(self, tokens: Sequence[Tokens], packed: bool) -> Tensor:
-        batch = self.text.pack(tokens) if packed else self.text.collate(tokens)
-        embeddings: Tensor = self.model(**batch.inputs(self.device))
-        if not bool(torch.isfinite(embeddings).all()):
-            raise FloatingPointError(
-                f"embeddings hold NaN or infinite values in {self.model.head.weight.dtype}; "
-                "load with dtype='bfloat16' or 'float32'"
-            )
-        return embeddings
 
     def similarity(self, queries: Any, documents: Any) -> NDArray[np.float32]:
         """Inner products (Q, N) of embeddings (Q, K) and (N, K) in any of the output formats."""

@@ -89,8 +89,8 @@ class LensModel(nn.Module):
         """Embeddings (B, K) float32 of ids (B, L) under attention_mask (B, L), pooled where pool_mask (B, L) is true.
 
         Or of texts one after another, ids (T,) with offsets `cu_seqlens` (B+1,), pooled where pool_mask (T,) is true,
-        the longest of `max_length` tokens, see lens.packed. Instead of ids, `hidden` (T, D) with `cu_seqlens` takes
-        the pooled positions' states that a frozen backbone gave before.
+        the longest of `max_length` tokens, see lens.packed; `pool_mask` may then be places, see `pooled_rows`. Instead
+        of ids, `hidden` (T, D) with `cu_seqlens` takes the pooled positions' states that a frozen backbone gave before.
         """
         if hidden is None:
             if input_ids is not None and attention_mask is not None and cu_seqlens is None:

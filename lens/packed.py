@@ -116,7 +116,12 @@ def _pays(backbone: nn.Module, half: bool) -> bool:
 
 
 def pooled_rows(states: Tensor, pool_mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed states (T, D) of which pool_mask (T,) says the pooled ones -> those alone, and the texts' offsets."""
+    """Packed states (T, D) of which pool_mask (T,) says the pooled ones -> those alone, and the texts' offsets.
+
+    Instead of a mask there may be the rising places of the pooled states, int64, for which no GPU is waited for.
+    """
+    if pool_mask.dtype == torch.int64:
+        return states[pool_mask], torch.searchsorted(pool_mask, cu_seqlens)
     ends = F.pad(pool_mask.cumsum(0), (1, 0))  # pooled positions before each position
     return states[pool_mask], ends[cu_seqlens]
 
