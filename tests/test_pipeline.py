@@ -186,13 +186,14 @@ def test_values_that_are_not_finite_are_found_before_pruning_hides_them(device, 
 
 
 def test_the_bar_shows_for_many_batches_or_blocks(model, monkeypatch, capsys):
-    for texts, block, tokens, shown in ((4, 99, 20, False), (40, 99, 20, True), (40, 20, 10**6, True)):
+    cases = ((4, 99, 20, False), (40, 99, 20, True), (40, 20, 10**6, False), (40, 5, 10**6, True))
+    for texts, block, tokens, shown in cases:
         monkeypatch.setattr(pipeline, "BLOCK", block)
         model.encode(mixed(texts), batch_tokens=tokens)
         assert ("encode" in capsys.readouterr().err) == shown
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pinned transfers and a stream of its own")
+@pytest.mark.gpu
 def test_on_a_gpu(model, bert, bert_clusters, monkeypatch):
     monkeypatch.setattr(pipeline, "BLOCK", 20)
     texts = mixed(50)
