@@ -94,7 +94,9 @@ class LENS:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # it may have been read onto the first device
             self.pool = self.start_multi_process_pool(several)
-        elif compile:
+        elif packed or compile:
+            self._packs()  # says at once where texts cannot be packed, and probes layers that are not compiled yet
+        if compile and several is None:
             compile_layers(model.backbone, self.device)
 
     @classmethod
