@@ -79,6 +79,11 @@ def packing_limit(backbone: nn.Module) -> int:
         return int(limits[name])
 
 
+def forget_limits(backbone: nn.Module) -> None:
+    """Has `packing_limit` probe anew, as for another device."""
+    bare_model(backbone).__dict__.pop(_LIMITS, None)
+
+
 def can_pack(backbone: nn.Module, longest: int, required: bool = False) -> bool:
     """Whether a backbone can take packed texts of up to `longest` tokens; where not, and `required`, ValueError."""
     limit = packing_limit(backbone)

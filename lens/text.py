@@ -70,7 +70,11 @@ def _inputs(batch: Any, device: torch.device | None) -> dict[str, Any]:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     if device is None:
         return values
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+    gpu = device.type == "cuda"
+    for name, value in values.items():
+        if isinstance(value, Tensor):  # from pinned memory nothing is waited for
+            values[name] = (value.pin_memory() if gpu else value).to(device, non_blocking=gpu)
+    return values
 
 
 def check_texts(texts: Any) -> list[str]:
