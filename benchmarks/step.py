@@ -102,11 +102,11 @@ def splade(model: Any, cached: bool) -> Any:
     return losses.SpladeLoss(model, inner, **weights)
 
 
-def ours(folder: Path, triples: Triples, dropout: bool, cached: bool) -> Step:
-    """Our step on packed texts, in one pass or in mini-batches by gradient caching."""
+def ours(folder: Path, triples: Triples, dropout: bool, cached: bool, device: str = "cpu") -> Step:
+    """Our step on packed texts, in one pass or in mini-batches by gradient caching; on a GPU in bfloat16's autocast."""
     from sentence_transformers import SparseEncoder
 
-    encoder = lens.load(folder / "lens-words", device="cpu")
+    encoder = lens.load(folder / "lens-words", device=device, dtype="float32")
     model = QueryPassageModel(encoder.model).train()
     model.requires_grad_(True)
     # The rows of the head are the word embeddings, as in BERT: one tensor, one gradient.
@@ -119,12 +119,14 @@ def ours(folder: Path, triples: Triples, dropout: bool, cached: bool) -> Step:
     batches = token_batches([len(item.ids) for item in tokens], budget, packed=True)
     places = torch.empty(len(tokens), dtype=torch.long)
     places[[i for batch in batches for i in batch]] = torch.arange(len(tokens))
-    parts = [encoder.text.pack([tokens[i] for i in batch]).inputs() for batch in batches]
+    places = places.to(encoder.device)
+    parts = [encoder.text.pack([tokens[i] for i in batch]).inputs(encoder.device) for batch in batches]
     count = len(triples[0])
 
     def step() -> dict[str, Tensor]:
         model.zero_grad()
-        queries, passages = model(places[:count], places[count:], parts)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            queries, passages = model(places[:count], places[count:], parts)
         embeddings = [queries, passages[:count], passages[count:]]
         total = loss.loss.compute_loss_from_embeddings(embeddings, None)
         documents = loss.document_regularizer.compute_loss_from_embeddings(passages)
