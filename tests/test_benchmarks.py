@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from benchmarks import measure, where
+from benchmarks import measure, step, where
 from benchmarks.flops import encoder_flops
 
 CPU = torch.device("cpu")
@@ -154,3 +154,45 @@ def test_seconds_at_the_peak() -> None:
     peaks = {"float32": 100.0, "int8": 500.0}
     assert where.at_peak(run, peaks) == pytest.approx(0.6)
     assert where.at_peak({**run, "products": "int8"}, peaks) == pytest.approx(0.1 + 0.1)
+
+
+def test_the_next_batch_is_where_the_line_meets_the_limit() -> None:
+    points = {8: 500.0, 32: 1700.0}  # 50 MB a query on top of 100
+    assert step.next_batch(points, 2100, 100) == 40
+    assert step.next_batch(points, 2149, 100) == 40
+    assert step.next_batch(points, 2150, 100) == 41
+    assert step.next_batch(points, 9000, 100) == 100
+    assert step.next_batch(points, 50, 100) == 1
+    assert step.next_batch({8: 300.0, 32: 290.0}, 2000, 100) == 100
+
+
+def test_the_largest_batch_is_one_that_was_measured_to_fit() -> None:
+    asked = []
+
+    def held(batch: int) -> float:
+        asked.append(batch)
+        return 100.0 + 50 * batch
+
+    points = {8: held(8), 32: held(32)}
+    asked.clear()
+    assert step.largest_batch(held, points, 2120, 100) == 40
+    assert asked == [40, 41]  # one more must not fit
+    assert points[40] == 2100
+    assert points[41] == 2150
+    asked.clear()
+    assert step.largest_batch(held, points, 2120, 100) == 40  # nothing left to measure
+    assert asked == []
+    assert step.largest_batch(held, points, 120, 100) is None
+    assert asked == [1]
+    assert step.largest_batch(held, points, 9000, 100) == 100
+
+
+def test_a_bent_line_is_followed() -> None:
+    def held(batch: int) -> float:
+        return 0.5 * batch**2 + 10 * batch
+
+    points = {8: held(8), 32: held(32)}
+    found = step.largest_batch(held, points, 3000, 200)  # the root of 0.5 b^2 + 10 b = 3000 is 68.1
+    assert found is not None
+    assert 60 <= found <= 68
+    assert held(found) <= 3000 < held(min(batch for batch in points if points[batch] > 3000))
