@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from benchmarks import measure, step, where
+from benchmarks import measure, scaling, scaling_page, step, where
 from benchmarks.flops import encoder_flops
 
 CPU = torch.device("cpu")
@@ -196,3 +197,58 @@ def test_a_bent_line_is_followed() -> None:
     assert found is not None
     assert 60 <= found <= 68
     assert held(found) <= 3000 < held(min(batch for batch in points if points[batch] > 3000))
+
+
+def test_prefixes_reach_their_size_with_as_few_texts_as_can_be() -> None:
+    assert scaling.prefixes([5, 10, 20, 5], [1, 5, 6, 15, 35, 40, 900]) == [1, 1, 2, 2, 3, 4, 4]
+
+
+def test_documents_are_scaled_rows_of_which_no_two_are_equal() -> None:
+    rows = np.random.default_rng(0).random((3, 4), dtype=np.float32)
+    found = scaling.like(rows, 50, 0)
+    assert found.dtype == np.float32
+    assert len(np.unique(found, axis=0)) == 50
+    cosines = found @ rows.T / np.linalg.norm(found, axis=1)[:, None] / np.linalg.norm(rows, axis=1)
+    assert np.allclose(cosines.max(1), 1, atol=1e-6)
+    assert len(set(cosines.argmax(1))) == 3
+
+
+def seconds_of(**medians: list[float]) -> dict[str, list[dict[str, float]]]:
+    return {name: [{"median": value} for value in values] for name, values in medians.items()}
+
+
+def test_the_page_on_scaling_gives_the_fitted_exponents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PLOTS", tmp_path)
+    part = {"load_before": 0.1}
+    content = {
+        "machine": {"cpu": "a chip", "cores": 2},
+        "versions": {},
+        "sources": ["one", "two"],
+        "judged": "three",
+        "length": 256,
+        "rounds": 3,
+        "clusters": part
+        | {
+            "sizes": [1000, 2000, 4000],
+            "tokens": 8000,
+            "seconds": seconds_of(LENS=[3.0, 4.0, 6.0]),  # 2 s, and 1 s for every 1,000
+            "backbone": {"median": 1.9},
+            "memory_mb": {"LENS": [10.0, 20.0, 40.0]},
+        },
+        "ranks": part
+        | {
+            "sizes": [1, 2],
+            "clusters": 4000,
+            "batch": 8,
+            "seconds": seconds_of(exchanging=[1.0, 2.0], apart=[1.0, 2**0.5]),
+        },
+    }
+    text = "\n".join(scaling_page.page(content))
+    assert "a line fits: 2.00 s and 1.000 s for every 1,000 clusters. The backbone alone takes 1.90 s" in text
+    assert (
+        "as K to the power 0.50" in text
+    )  # (ln 3, ln 4, ln 6) against (ln 1, ln 2, ln 4) / ln 2: (ln 6 - ln 3) / 2 ln 2
+    assert "1.00 (exchanging), 0.50 (apart)" in text
+    assert "| 2 | 2.00 | 1.41 | 50.00 |" in text
+    assert "### Tokens" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"scaling-clusters.svg", "scaling-ranks.svg"}
