@@ -32,8 +32,9 @@ import scipy.sparse
 import torch
 
 import lens
+from benchmarks.flops import encoder_flops
 from benchmarks.kmeans import minilm
-from benchmarks.measure import PAGE, in_turn, load, peak
+from benchmarks.measure import PAGE, in_turn, load, matmul_peak, peak
 from benchmarks.page import RESULTS, ROOT, listed, machine, versions, write_section
 from lens.corpus import find_file, read_texts
 from lens.files import read_json, write_json
@@ -146,36 +147,15 @@ def check(loaded: dict[str, Encode], folder: Path, texts: list[str]) -> dict[str
     return apart
 
 
-def sgemm() -> float:
-    """The machine's measured peak in GFLOP/s: the best product of two square float32 matrices."""
-    first, second = torch.randn(4096, 1024), torch.randn(1024, 4096)
-    out = torch.empty(4096, 4096)
-    best = 1e9
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mm(first, second, out=out)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 4096 * 1024 * 4096 / best / 1e9
-
-
-def flops(lengths: list[int], rows: int, transform: bool) -> float:
-    """FLOPs of matrix products for texts of these lengths in tokens: backbone, attention, head."""
-    config = read_json(Path(minilm()) / "config.json")
-    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    tokens, squares = sum(lengths), sum(length * length for length in lengths)
-    backbone = 2 * tokens * layers * (4 * width * width + 2 * width * inner) + 4 * squares * width * layers
-    return backbone + 2 * tokens * width * (rows + (width if transform else 0))
-
-
 def utilisation(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
     """Share of the measured sgemm peak that our vocabulary head reaches on the longest texts, median of rounds."""
     model = lens.load(folder / "lens-words", device="cpu")
     longest = sorted(texts, key=len)[-64:]
     lengths = [len(item.ids) for item in model.text(longest)]
-    work = flops(lengths, 30522, True)
+    work = sum(encoder_flops(read_json(Path(minilm()) / "config.json"), lengths, 30522, transform=True).values())
     shares, peaks = [], []
     for _ in range(rounds):
-        peaks.append(sgemm())
+        peaks.append(matmul_peak())
         start = time.perf_counter()
         model.encode(longest, output="csr", show_progress=False)
         shares.append(work / (time.perf_counter() - start) / 1e9 / peaks[-1])

@@ -1,7 +1,7 @@
-"""FLOPs of LENS on a decoder of Mistral's form, by formula.
+"""FLOPs of LENS by formula: on a decoder of Mistral's form, and on an encoder of BERT's.
 
-Model FLOPs of a token, for N weights in the layers' matrices, n in the LoRA matrices, L positions and a head of K
-centroids of width D:
+Model FLOPs of a decoder's token, for N weights in the layers' matrices, n in the LoRA matrices, L positions and a head
+of K centroids of width D:
 
     forward   2 N + 2 n + 4 L D layers (attention) + 2 K D (head)
     training  4 N + 6 n + 12 L D layers + 2 K D
@@ -14,7 +14,9 @@ under gradient caching.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 """Dense bf16 peaks by a part of the device's name, from the makers' data sheets (SXM boards)."""
@@ -98,3 +100,25 @@ def hardware_flops(shape: Shape, case: Case) -> float:
 def peak_of(name: str, given: float | None) -> float | None:
     """Dense bf16 peak in TFLOP/s, given or by the device's name."""
     return given or next((float(peak) for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def encoder_flops(
+    config: Mapping[str, Any],
+    lengths: Sequence[int],
+    rows: int,
+    transform: bool = False,
+    pooled: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """FLOPs of the matrix products of one forward pass of texts of these lengths in tokens, by kind.
+
+    `config` is that of a model of BERT's form; `transform` adds the dense layer of its MLM head, `pooled` are the
+    positions of each text that meet the head's `rows` (None: all).
+    """
+    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    tokens, squares = sum(lengths), sum(length * length for length in lengths)
+    heads = tokens if pooled is None else sum(pooled)
+    return {
+        "linear": 2 * tokens * layers * (4 * width * width + 2 * width * inner) + 2 * heads * width * width * transform,
+        "attention": 4 * squares * width * layers,
+        "head": 2 * heads * width * rows,
+    }

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import PAGE, in_turn, load, peak, plot
+from benchmarks.measure import PAGE, exponent, in_turn, load, peak, plot
 from benchmarks.page import RESULTS, listed, machine, versions, write_section
 from lens.files import write_json
 from lens.head import lexical_pool
@@ -191,15 +191,6 @@ def sweep(axis: str, options: argparse.Namespace) -> dict[str, list[float]]:
         for name, facts in in_turn(runs, 3, device).items():
             columns[name].append(facts["median"])
     return columns
-
-
-def exponent(x: list[float], y: list[float]) -> float:
-    """Slope of the least-squares line through the logarithms: 1 means that cost grows in proportion."""
-    across, up = [math.log(v) for v in x], [math.log(v) for v in y]
-    middle, height = sum(across) / len(across), sum(up) / len(up)
-    return sum((a - middle) * (b - height) for a, b in zip(across, up, strict=True)) / sum(
-        (a - middle) ** 2 for a in across
-    )
 
 
 def page(content: dict[str, Any], kind: str) -> list[str]:

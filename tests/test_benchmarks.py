@@ -1,0 +1,254 @@
+"""What the speed benchmarks compute from their measurements, against values worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel
+
+from benchmarks import measure, scaling, scaling_page, step, where
+from benchmarks.flops import encoder_flops
+
+CPU = torch.device("cpu")
+
+
+def test_a_line_is_that_of_least_squares() -> None:
+    assert measure.line([1, 2, 4], [5, 7, 11]) == pytest.approx((2, 3))
+    # means 2 and 2; sum of products (-1)(-1) + 0 + 1 * 0 = 1, of squares 2
+    assert measure.line([1, 2, 3], [1, 3, 2]) == pytest.approx((0.5, 1))
+
+
+def test_the_exponent_is_that_of_the_power() -> None:
+    assert measure.exponent([1, 2, 8], [3, 3 * 2**1.5, 3 * 8**1.5]) == pytest.approx(1.5)
+    assert measure.exponent([10, 1000], [4, 4]) == pytest.approx(0)
+
+
+def test_bars_are_stacked_and_the_file_depends_on_the_figures_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "PLOTS", tmp_path)
+    parts = {"one": {"red": 1.0, "blue": 2.0}, "two": {"blue": 3.0}}
+    assert measure.bars("shares", parts, "seconds") == "![seconds](plots/shares.svg)"
+    first = (tmp_path / "shares.svg").read_bytes()
+    assert all(text in first.decode() for text in ("<!-- one -->", "<!-- two -->", "<!-- red -->", "<!-- blue -->"))
+    measure.bars("shares", parts, "seconds")
+    assert (tmp_path / "shares.svg").read_bytes() == first
+
+
+def test_flops_of_an_encoder_are_those_that_torch_counts() -> None:
+    config = BertConfig(vocab_size=50, hidden_size=16, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    model.set_attn_implementation("eager")  # sdpa's CPU kernel is not counted
+    head, transform = nn.Linear(16, 40), nn.Linear(16, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for length, pooled in ((5, 3), (9, 7)):
+            states = model(torch.arange(length)[None]).last_hidden_state[0, :pooled]
+            head(transform(states))
+    found = encoder_flops(config.to_dict(), [5, 9], 40, transform=True, pooled=[3, 7])
+    assert sum(found.values()) == counter.get_total_flops()
+    assert found["head"] == 2 * (3 + 7) * 16 * 40
+    assert found["attention"] == 2 * (5 * 5 + 9 * 9) * 16 * 2 * 3  # q k^T and its product with v, in 3 layers
+
+
+@pytest.mark.parametrize(
+    ("name", "callers", "kind"),
+    [
+        ("aten::addmm", ["aten::linear", where.WHOLE], where.LINEAR),
+        ("onednn::qlinear_pointwise", [where.WHOLE], where.LINEAR),
+        ("aten::mm", ["AddmmBackward0", "autograd::engine::evaluate_function: AddmmBackward0"], where.LINEAR),
+        ("aten::mm", ["_MaxLogits", where.POOLED, where.WHOLE], where.HEAD),
+        ("onednn::qlinear_pointwise", [where.POOLED, where.WHOLE], where.HEAD),
+        ("aten::_embedding_bag", ["aten::embedding_bag", "_MaxLogitsBackward"], where.HEAD),
+        ("lens::max_logits", [where.POOLED], where.HEAD),
+        ("aten::amax", ["_MaxLogits", where.POOLED], where.POOL),
+        ("aten::sort", ["_MaxLogitsBackward"], where.POOL),
+        ("aten::amax", [where.QUANTISED, where.POOLED], where.QUANTISE),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", ["aten::scaled_dot_product_attention"], where.ATTENTION),
+        ("aten::bmm", ["BmmBackward0"], where.ATTENTION),
+        ("aten::mul", ["ScaledDotProductFlashAttentionForCpuBackward0"], where.ATTENTION),
+        ("aten::bernoulli_", ["aten::dropout", "aten::scaled_dot_product_attention"], where.DROPOUT),
+        ("aten::gelu_backward", ["GeluBackward0"], where.GELU),
+        ("aten::native_layer_norm", ["aten::layer_norm"], where.OTHER),
+        ("aten::embedding", [where.WHOLE], where.OTHER),
+        ("aten::view", ["aten::reshape"], where.REST),
+        ("autograd::engine::evaluate_function: AddmmBackward0", [where.WHOLE], where.REST),
+        ("_MaxLogits", [where.POOLED], where.REST),
+        (where.WHOLE, [], where.REST),
+        ("aten::to", [where.TOKENISED, where.WHOLE], where.TOKENISE),
+        (where.TOKENISED, [where.WHOLE], where.TOKENISE),
+    ],
+)
+def test_operations_are_told_apart(name: str, callers: list[str], kind: str) -> None:
+    assert where.kind_of(name, callers) == kind
+
+
+def test_a_profile_is_divided_without_rest() -> None:
+    layer, x = nn.Linear(64, 64), torch.randn(32, 64)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        layer(x)  # outside
+        with record_function(where.WHOLE):
+            nn.functional.gelu(layer(x)).sum().backward()
+    kinds, operations = where.by_kind(found.events(), CPU)
+    whole = next(event for event in found.events() if event.name == where.WHOLE)
+    assert sum(kinds.values()) == pytest.approx(whole.cpu_time_total / 1e6)
+    assert {where.LINEAR, where.GELU, where.OTHER, where.REST} <= set(kinds)
+    span = whole.time_range
+    inside = [e for e in found.events() if span.start <= e.time_range.start and e.time_range.end <= span.end]
+    products = sum(e.self_cpu_time_total for e in inside if e.name in ("aten::addmm", "aten::mm", "aten::linear"))
+    assert kinds[where.LINEAR] == pytest.approx(products / 1e6)
+    assert f"aten::addmm ({where.LINEAR})" in operations
+
+
+def event(name: str, caller: Any = None, cpu: float = 0, own: float = 0, kernels: float = 0, device: int = 0) -> Any:
+    """An event as torch.profiler gives it, times in microseconds."""
+    kind = torch.autograd.DeviceType.CUDA if device else torch.autograd.DeviceType.CPU
+    return SimpleNamespace(
+        name=name,
+        cpu_parent=caller,
+        cpu_time_total=cpu,
+        self_cpu_time_total=own,
+        self_device_time_total=kernels,
+        device_type=kind,
+    )
+
+
+def test_on_a_gpu_kernels_count_and_what_is_left_is_idle() -> None:
+    whole = event(where.WHOLE, cpu=100e6)
+    pooled = event(where.POOLED, whole, kernels=7e6)  # a kernel that no operation of torch started
+    events = [
+        whole,
+        event("aten::mm", whole, own=9e6, kernels=20e6),
+        event("aten::mm", None, own=9e6, kernels=30e6),  # of the backward pass, in a thread of its own
+        pooled,
+        event("lens::max_logits", pooled, kernels=13e6),
+        event("ampere_sgemm_128x64", None, kernels=99e6, device=1),  # a kernel, counted where it was started
+    ]
+    kinds, _ = where.by_kind(events, torch.device("cuda"))
+    assert kinds == {where.LINEAR: 50, where.HEAD: 20, where.IDLE: 30}
+
+
+def test_labels_name_what_is_called_and_go_again() -> None:
+    before = [getattr(owner, name) for owner, name, _ in where.LABELLED]
+    with where.labelled(), profile(activities=[ProfilerActivity.CPU]) as found:
+        where.lens.head.lexical_pool(torch.randn(2, 3, 4), torch.randn(5, 4))
+    assert [getattr(owner, name) for owner, name, _ in where.LABELLED] == before
+    names = [event.name for event in found.events()]
+    assert names.count(where.POOLED) == 1
+    product = next(event for event in found.events() if event.name == "aten::mm")
+    callers = []
+    while product.cpu_parent is not None:
+        product = product.cpu_parent
+        callers.append(product.name)
+    assert where.kind_of("aten::mm", callers) == where.HEAD
+
+
+def test_seconds_at_the_peak() -> None:
+    run = {"flops": {"linear": 30e9, "attention": 10e9, "head": 20e9}, "products": "float32"}
+    peaks = {"float32": 100.0, "int8": 500.0}
+    assert where.at_peak(run, peaks) == pytest.approx(0.6)
+    assert where.at_peak({**run, "products": "int8"}, peaks) == pytest.approx(0.1 + 0.1)
+
+
+def test_the_next_batch_is_where_the_line_meets_the_limit() -> None:
+    points = {8: 500.0, 32: 1700.0}  # 50 MB a query on top of 100
+    assert step.next_batch(points, 2100, 100) == 40
+    assert step.next_batch(points, 2149, 100) == 40
+    assert step.next_batch(points, 2150, 100) == 41
+    assert step.next_batch(points, 9000, 100) == 100
+    assert step.next_batch(points, 50, 100) == 1
+    assert step.next_batch({8: 300.0, 32: 290.0}, 2000, 100) == 100
+
+
+def test_the_largest_batch_is_one_that_was_measured_to_fit() -> None:
+    asked = []
+
+    def held(batch: int) -> float:
+        asked.append(batch)
+        return 100.0 + 50 * batch
+
+    points = {8: held(8), 32: held(32)}
+    asked.clear()
+    assert step.largest_batch(held, points, 2120, 100) == 40
+    assert asked == [40, 41]  # one more must not fit
+    assert points[40] == 2100
+    assert points[41] == 2150
+    asked.clear()
+    assert step.largest_batch(held, points, 2120, 100) == 40  # nothing left to measure
+    assert asked == []
+    assert step.largest_batch(held, points, 120, 100) is None
+    assert asked == [1]
+    assert step.largest_batch(held, points, 9000, 100) == 100
+
+
+def test_a_bent_line_is_followed() -> None:
+    def held(batch: int) -> float:
+        return 0.5 * batch**2 + 10 * batch
+
+    points = {8: held(8), 32: held(32)}
+    found = step.largest_batch(held, points, 3000, 200)  # the root of 0.5 b^2 + 10 b = 3000 is 68.1
+    assert found is not None
+    assert 60 <= found <= 68
+    assert held(found) <= 3000 < held(min(batch for batch in points if points[batch] > 3000))
+
+
+def test_prefixes_reach_their_size_with_as_few_texts_as_can_be() -> None:
+    assert scaling.prefixes([5, 10, 20, 5], [1, 5, 6, 15, 35, 40, 900]) == [1, 1, 2, 2, 3, 4, 4]
+
+
+def test_documents_are_scaled_rows_of_which_no_two_are_equal() -> None:
+    rows = np.random.default_rng(0).random((3, 4), dtype=np.float32)
+    found = scaling.like(rows, 50, 0)
+    assert found.dtype == np.float32
+    assert len(np.unique(found, axis=0)) == 50
+    cosines = found @ rows.T / np.linalg.norm(found, axis=1)[:, None] / np.linalg.norm(rows, axis=1)
+    assert np.allclose(cosines.max(1), 1, atol=1e-6)
+    assert len(set(cosines.argmax(1))) == 3
+
+
+def seconds_of(**medians: list[float]) -> dict[str, list[dict[str, float]]]:
+    return {name: [{"median": value} for value in values] for name, values in medians.items()}
+
+
+def test_the_page_on_scaling_gives_the_fitted_exponents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PLOTS", tmp_path)
+    part = {"load_before": 0.1}
+    content = {
+        "machine": {"cpu": "a chip", "cores": 2},
+        "versions": {},
+        "sources": ["one", "two"],
+        "judged": "three",
+        "length": 256,
+        "rounds": 3,
+        "clusters": part
+        | {
+            "sizes": [1000, 2000, 4000],
+            "tokens": 8000,
+            "seconds": seconds_of(LENS=[3.0, 4.0, 6.0]),  # 2 s, and 1 s for every 1,000
+            "backbone": {"median": 1.9},
+            "memory_mb": {"LENS": [10.0, 20.0, 40.0]},
+        },
+        "ranks": part
+        | {
+            "sizes": [1, 2],
+            "clusters": 4000,
+            "batch": 8,
+            "seconds": seconds_of(exchanging=[1.0, 2.0], apart=[1.0, 2**0.5]),
+        },
+    }
+    text = "\n".join(scaling_page.page(content))
+    assert "a line fits: 2.00 s and 1.000 s for every 1,000 clusters. The backbone alone takes 1.90 s" in text
+    assert (
+        "as K to the power 0.50" in text
+    )  # (ln 3, ln 4, ln 6) against (ln 1, ln 2, ln 4) / ln 2: (ln 6 - ln 3) / 2 ln 2
+    assert "1.00 (exchanging), 0.50 (apart)" in text
+    assert "| 2 | 2.00 | 1.41 | 50.00 |" in text
+    assert "### Tokens" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"scaling-clusters.svg", "scaling-ranks.svg"}
