@@ -72,7 +72,7 @@ class Dense:
         if self._packed:
             offsets = F.pad(lengths.cumsum(0), (1, 0))
             ids = torch.tensor([token for text in tokens for token in text], dtype=torch.long, device=self._device)
-            states = packed_states(self._model, ids, offsets, max(map(len, tokens)))  # (T, D)
+            states = packed_states(self._model, ids, offsets, [len(text) for text in tokens])  # (T, D)
             sums = torch.segment_reduce(states.float(), "sum", offsets=offsets)
         else:
             batch = self._tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self._device)

@@ -239,7 +239,8 @@ def _attend_by_length(
         if window is not None and window < length:
             mask = _band(length, window, causal, query.device)
         if 0 < dropout < 1 and query.device.type == "cpu":
-            part = dropped.attention(*states, mask, dropout, scaling, causal)
+            q, k, v = states
+            part = dropped.attention(q, k, v, mask, dropout, scaling, causal)
         else:
             part, _ = sdpa_attention_forward(module, *states, mask, dropout, scaling, causal)  # (count, L, H, E)
         parts.append(part.flatten(0, 1))

@@ -271,13 +271,13 @@ def test_threads_and_processes(folders: dict[str, Path]) -> None:
 def test_sentence_transformers_packs_texts_where_it_pays(folders: dict[str, Path], monkeypatch) -> None:
     peer = transformer(folders["merged"])
     seen: list[tuple[int, int]] = []
-    inner = lens.model.packed_states
+    inner = lens.sentence.packed_states
 
-    def spy(backbone, ids, cu_seqlens, longest):
+    def spy(backbone, ids, cu_seqlens, lengths):
         seen.append((len(ids), int(cu_seqlens[-1])))
-        return inner(backbone, ids, cu_seqlens, longest)
+        return inner(backbone, ids, cu_seqlens, lengths)
 
-    monkeypatch.setattr(lens.model, "packed_states", spy)
+    monkeypatch.setattr(lens.sentence, "packed_states", spy)
     packed = peer.encode(TEXTS, batch_size=len(TEXTS))
     tokens = sum(len(item.ids) for item in peer[0].text(TEXTS))
     assert seen == [(tokens, tokens)]

@@ -1,9 +1,9 @@
 """The forward pass of one step, in mini-batches whose activations are not kept (gradient caching).
 
 A contrastive loss needs the embeddings of the whole batch, but their gradients can be carried back one mini-batch at
-a time (Gao et al. 2021, arXiv 2101.06983). Here each mini-batch is one torch checkpoint: its embeddings stay, its
-activations are computed again in the backward pass, with the random numbers of the first time. To everything around
-it, be it data parallelism, DeepSpeed or a gradient scaler, a step remains one forward and one backward pass.
+a time (Gao et al. 2021, arXiv 2101.06983). Here each mini-batch but the last is one torch checkpoint: its embeddings
+stay, its activations are computed again in the backward pass, with the random numbers of the first time. To everything
+around it, be it data parallelism, DeepSpeed or a gradient scaler, a step remains one forward and one backward pass.
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ class QueryPassageModel(nn.Module):
         """
         if mini_batches is None:
             return self._embed(**queries), self._embed(**passages)
-        if len(mini_batches) == 1:
-            embeddings = self._embed(**mini_batches[0])
-        else:
-            # As one argument: only from positional ones does torch see whose random numbers it must keep.
-            embeddings = torch.cat([checkpoint(self._run, part, use_reentrant=False) for part in mini_batches])
+        # As one argument: only from positional ones does torch see whose random numbers it must keep.
+        parts = [checkpoint(self._run, part, use_reentrant=False) for part in mini_batches[:-1]]
+        parts.append(self._run(mini_batches[-1]))  # the backward pass comes to its activations at once
+        embeddings = torch.cat(parts)
         together = embeddings[torch.cat([queries, passages])]  # whose gradient is one tensor, not two
         return together[: len(queries)], together[len(queries) :]
 
