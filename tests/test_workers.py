@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SENTENCES, encoder_tokenizer, save_bert, save_clusters
+from peft import LoraConfig, get_peft_model
 from test_pipeline import mixed
 
 import lens
 from lens import workers
+from lens.packed import forget_limits
 from lens.vectors import load_embeddings
 from lens.workers import Pool, _put_together, _taken_apart, split
 
@@ -225,6 +227,21 @@ def test_tensors_survive_shared_memory_and_stay_tied():
     assert len(skeleton) < 2000
     found["bool"].fill_(False)  # the same memory, seen by all who put it together
     assert not _put_together(skeleton, shared)["bool"].any()
+
+
+@pytest.mark.parametrize("options", [{"r": 4}, {"r": 4, "trainable_token_indices": {"embed_tokens": [5, 6]}}])
+def test_adapters_go_along(options, mistral, mistral_clusters):
+    model = lens.LENS.build(mistral, mistral_clusters, device="cpu")
+    plain = model.encode(SENTENCES)
+    model.model.backbone = get_peft_model(model.model.backbone, LoraConfig(target_modules=["q_proj"], **options)).eval()
+    for name, parameter in model.model.named_parameters():
+        if "lora_B" in name or "trainable_tokens_delta" in name:
+            parameter.data.normal_(std=0.3)
+    expected = model.encode(SENTENCES)
+    assert np.abs(expected - plain).max() > 1e-3
+    copy, tokenizer = _put_together(*_taken_apart((model.model, model.tokenizer)))
+    forget_limits(copy.backbone)
+    np.testing.assert_array_equal(lens.LENS(copy, tokenizer, "cpu").encode(SENTENCES), expected)
 
 
 @pytest.mark.gpu
