@@ -132,12 +132,47 @@ def test_several_devices_from_load_on_and_an_interruption(tmp_path, monkeypatch)
         assert not any(process.is_alive() for process in processes)
 
 
-def group_lives(number):
+@pytest.mark.slow
+def test_ctrl_c_while_processes_start(tmp_path):
+    program = """
+import sys
+import threading
+from pathlib import Path
+
+from test_workers import build
+
+if __name__ == "__main__":
+    model = build(Path(sys.argv[1]), device="cpu")
+    threading.Timer(0.5, lambda: print("starting", flush=True)).start()
+    model.start_multi_process_pool(["cpu", "cpu"])
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    running = subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
     try:
-        os.killpg(number, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        assert "starting\n" in iter(running.stdout.readline, "")
+        os.killpg(running.pid, signal.SIGINT)
+        errors = running.communicate(timeout=60)[1]
+        assert running.returncode == -signal.SIGINT
+        assert errors.count("Traceback") == 1  # the parent's own
+        assert ends(running.pid)
+    finally:
+        running.kill()
+
+
+def ends(group):
+    """Whether within seconds no process of a group is left."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.slow
@@ -166,10 +201,7 @@ def test_ctrl_c_on_the_command_line_leaves_no_process(tmp_path):
         assert running.returncode == 130
         assert "lens: interrupted" in output
         assert "Traceback" not in output
-        end = time.monotonic() + 10
-        while group_lives(running.pid) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not group_lives(running.pid)
+        assert ends(running.pid)
     finally:
         running.kill()
 
