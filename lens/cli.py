@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--attn-implementation", help="sdpa, eager, flash_attention_2, ...; default: transformers' own"
             )
-            sub.add_argument("--compile", action="store_true", help="compile the backbone's layers (torch.compile)")
+            sub.add_argument("--compile", action="store_true", help="compile the backbone's layers, for GPUs")
             sub.add_argument("--base", help="the backbone's place where it has moved")
             sub.add_argument(
                 "--compat", choices=("official",), help="embed as the released LENS code does, for its checkpoints"

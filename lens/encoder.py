@@ -344,7 +344,7 @@ def load(
     `attn_implementation` is sdpa, eager, flex_attention, flash_attention_2, flash_attention_3 or a kernel of the hub
     (org/name); None leaves the choice to transformers. `quantization` ("4bit", "8bit") quantises the backbone while it
     is read, with bitsandbytes; "int8" multiplies in 8 bits, which on a CPU is faster (see lens/int8.py). `compile`
-    compiles the backbone's layers, at the first texts, which pays on GPUs for many texts.
+    compiles the backbone's layers, at the first texts: on a CPU it did not pay (docs/performance.md), on a GPU it may.
     `packed` lays texts one after another without padding: False never, True or an error, None where the backbone can
     and it pays.
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see

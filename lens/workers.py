@@ -18,8 +18,8 @@ import signal
 import threading
 import traceback
 import weakref
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -77,7 +77,8 @@ class Pool:
                 arguments = theirs, skeleton, tensors, str(device), threads
                 process = context.Process(target=_work, args=arguments, name=f"lens {device}", daemon=True)
                 self._processes.append(process)
-                process.start()
+                with _deaf():
+                    process.start()
                 theirs.close()
             for worker in range(len(self.devices)):
                 if isinstance(failure := self._receive(worker), Exception):
@@ -172,6 +173,19 @@ def _as_error(device: torch.device, name: str, message: str, trace: str) -> Exce
     return error
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C is not heard here, nor by processes started here, not even while they import; their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _end(connections: list[Connection], processes: list[Any]) -> None:
     for connection in connections:
         connection.close()
@@ -210,7 +224,7 @@ def split(texts: Sequence[str], width: int, limit: int, budget: int, workers: in
 
 def _work(connection: Connection, skeleton: bytes, tensors: Any, device: str, threads: int) -> None:
     """Puts the model together on its device and embeds what comes, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where another thread than the main one started this process
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is ended would leave behind

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SENTENCES, encoder_tokenizer, save_bert, save_clusters
+from peft import LoraConfig, get_peft_model
 from test_pipeline import mixed
 
 import lens
 from lens import workers
+from lens.packed import forget_limits
 from lens.vectors import load_embeddings
 from lens.workers import Pool, _put_together, _taken_apart, split
 
@@ -130,12 +132,47 @@ def test_several_devices_from_load_on_and_an_interruption(tmp_path, monkeypatch)
         assert not any(process.is_alive() for process in processes)
 
 
-def group_lives(number):
+@pytest.mark.slow
+def test_ctrl_c_while_processes_start(tmp_path):
+    program = """
+import sys
+import threading
+from pathlib import Path
+
+from test_workers import build
+
+if __name__ == "__main__":
+    model = build(Path(sys.argv[1]), device="cpu")
+    threading.Timer(0.5, lambda: print("starting", flush=True)).start()
+    model.start_multi_process_pool(["cpu", "cpu"])
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    running = subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
     try:
-        os.killpg(number, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        assert "starting\n" in iter(running.stdout.readline, "")
+        os.killpg(running.pid, signal.SIGINT)
+        errors = running.communicate(timeout=60)[1]
+        assert running.returncode == -signal.SIGINT
+        assert errors.count("Traceback") == 1  # the parent's own
+        assert ends(running.pid)
+    finally:
+        running.kill()
+
+
+def ends(group):
+    """Whether within seconds no process of a group is left."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.slow
@@ -164,10 +201,7 @@ def test_ctrl_c_on_the_command_line_leaves_no_process(tmp_path):
         assert running.returncode == 130
         assert "lens: interrupted" in output
         assert "Traceback" not in output
-        end = time.monotonic() + 10
-        while group_lives(running.pid) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not group_lives(running.pid)
+        assert ends(running.pid)
     finally:
         running.kill()
 
@@ -225,6 +259,21 @@ def test_tensors_survive_shared_memory_and_stay_tied():
     assert len(skeleton) < 2000
     found["bool"].fill_(False)  # the same memory, seen by all who put it together
     assert not _put_together(skeleton, shared)["bool"].any()
+
+
+@pytest.mark.parametrize("options", [{"r": 4}, {"r": 4, "trainable_token_indices": {"embed_tokens": [5, 6]}}])
+def test_adapters_go_along(options, mistral, mistral_clusters):
+    model = lens.LENS.build(mistral, mistral_clusters, device="cpu")
+    plain = model.encode(SENTENCES)
+    model.model.backbone = get_peft_model(model.model.backbone, LoraConfig(target_modules=["q_proj"], **options)).eval()
+    for name, parameter in model.model.named_parameters():
+        if "lora_B" in name or "trainable_tokens_delta" in name:
+            parameter.data.normal_(std=0.3)
+    expected = model.encode(SENTENCES)
+    assert np.abs(expected - plain).max() > 1e-3
+    copy, tokenizer = _put_together(*_taken_apart((model.model, model.tokenizer)))
+    forget_limits(copy.backbone)
+    np.testing.assert_array_equal(lens.LENS(copy, tokenizer, "cpu").encode(SENTENCES), expected)
 
 
 @pytest.mark.gpu
