@@ -94,7 +94,11 @@ def parser() -> argparse.ArgumentParser:
     add("--drop-self", action="store_true", help="never retrieve the document whose id is the query's own")
     add("--resamples", type=int, default=10_000, help="sign flips and bootstrap samples of the significance tests")
     add("--seed", type=int, default=0, help="seed of the significance tests")
-    add("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
+    device.add_argument(
+        "--devices", nargs="+", metavar="DEVICE", help="several for the LENS models, the first for dense: cuda:0 cuda:1"
+    )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -130,7 +134,7 @@ def load(args: argparse.Namespace) -> Loaded:
             spaced = next((name for name in [*beir.corpus, *beir.queries] if re.search(r"\s", name)), None)
             if spaced is not None:
                 raise ValueError(f"{beir.name}: TREC runs cannot hold the id {spaced!r}: leave out --save-runs")
-    options = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
+    options = {"device": args.devices or args.device, "dtype": args.dtype, "quantization": args.quantization}
     options |= {"base": args.base} if args.base else {}
     models = {name: lens.load(folder, **options) for name, folder in folders.items()}
     dense = None
@@ -139,7 +143,7 @@ def load(args: argparse.Namespace) -> Loaded:
             raise ValueError("the dense baseline needs --dense-model, or --model to take its backbone")
         path = args.dense_model or args.base or next(iter(models.values())).config.base
         try:
-            dense = Dense(path, args.device, args.dtype, args.dense_length)
+            dense = Dense(path, args.devices[0] if args.devices else args.device, args.dtype, args.dense_length)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise OSError(
@@ -319,7 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code: 0, or 2 with one line on standard error for bad input."""
     args = parser().parse_args(arguments)
     try:
-        run(args, load(args))
+        loaded = load(args)
+        try:
+            run(args, loaded)
+        finally:
+            for model in loaded.models.values():
+                model.close()
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 _BLOCK = (1024, 512)  # rows x clusters: 2 MB of float32, which stays in the second-level caches of two cores
 _GPU_BLOCK = (8192, 2048)
+_ENTRIES = 1 << 19  # gradients of maxima that the backward pass takes at a time
 
 
 def max_pool(rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:
@@ -194,26 +195,53 @@ class _MaxLogits(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: tuple[int, ...]) -> Tensor:
         values, argmax = reduce_max(rows, weight, bias, lengths, any(ctx.needs_input_grad))
         ctx.save_for_backward(rows, weight, argmax)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.lengths = bias is not None, lengths
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         rows, weight, argmax = ctx.saved_tensors
         gradient = gradients[0]  # (B, K)
+        if 0 in ctx.lengths:  # whose texts have no argmax
+            empty = torch.tensor([length == 0 for length in ctx.lengths], device=gradient.device)
+            gradient = gradient.masked_fill(empty[:, None], 0.0)
         d_rows = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            text, cluster = gradient.nonzero(as_tuple=True)
-            row, order = torch.sort(argmax[text, cluster], stable=True)
-            d_rows = _bags(weight, cluster[order], row, gradient[text, cluster][order], len(rows)).to(rows.dtype)
+            d_rows = _row_gradient(gradient, argmax, weight, ctx.lengths).to(rows.dtype)
         if ctx.needs_input_grad[1]:
-            turned = gradient.t().contiguous()
-            cluster, text = turned.nonzero(as_tuple=True)
-            d_weight = _bags(rows, argmax[text, cluster].long(), cluster, turned[cluster, text], len(weight))
-            d_weight = d_weight.to(weight.dtype)
+            d_weight = _weight_gradient(gradient, argmax, rows).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             d_bias = gradient.sum(0).to(weight.dtype)
         return d_rows, d_weight, d_bias, None
+
+
+def _row_gradient(gradient: Tensor, argmax: Tensor, weight: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(T, D) float32 of gradient and argmax (B, K), a few texts at a time."""
+    out = torch.empty(sum(lengths), weight.shape[1], device=weight.device)
+    height = max(_ENTRIES // max(len(weight), 1), 1)
+    end = 0
+    for first in range(0, len(lengths), height):
+        texts = slice(first, first + height)
+        start, end = end, end + sum(lengths[texts])
+        text, cluster = gradient[texts].nonzero(as_tuple=True)
+        row, order = torch.sort(argmax[texts][text, cluster] - start, stable=True)
+        scale = gradient[texts][text, cluster][order]
+        out[start:end] = _bags(weight, cluster[order], row, scale, end - start)
+    return out
+
+
+def _weight_gradient(gradient: Tensor, argmax: Tensor, rows: Tensor) -> Tensor:
+    """(K, D) float32 of gradient and argmax (B, K), a few clusters at a time."""
+    count = gradient.shape[1]
+    out = torch.empty(count, rows.shape[1], device=rows.device)
+    width = max(_ENTRIES // max(len(gradient), 1), 1)
+    for first in range(0, count, width):
+        columns = slice(first, first + width)
+        turned = gradient[:, columns].t().contiguous()
+        cluster, text = turned.nonzero(as_tuple=True)
+        chosen = argmax[:, columns][text, cluster].long()
+        out[columns] = _bags(rows, chosen, cluster, turned[cluster, text], len(turned))
+    return out
 
 
 def _first(block: Tensor, best: Tensor, memory: Tensor, countdown: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         sub.add_argument("--model", required=True, help="folder or hub id of a LENS model")
         if encodes:
-            sub.add_argument("--device", help="cpu, cuda or mps; default: the first GPU there is, else the CPU")
+            device = sub.add_mutually_exclusive_group()
+            device.add_argument("--device", help="cpu, cuda or mps; default: the first GPU there is, else the CPU")
+            device.add_argument("--devices", nargs="+", help="several, each with a process: --devices cuda:0 cuda:1")
             sub.add_argument("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on GPUs, else float32")
             sub.add_argument("--quantization", choices=("4bit", "8bit", "int8"), help=_QUANTIZATION)
             sub.add_argument(
@@ -132,7 +134,7 @@ def _load(options: argparse.Namespace) -> Any:
 
     return lens.load(
         options.model,
-        device=options.device,
+        device=options.devices or options.device,
         dtype=options.dtype,
         base=options.base,
         attn_implementation=options.attn_implementation,
@@ -151,15 +153,15 @@ def _encode(options: argparse.Namespace) -> None:
     embeddings_ending(options.output)
     check_output(options.output, options.overwrite)
     ids, texts = read_texts(options.input)
-    model = _load(options)
-    embeddings = model.encode(
-        texts,
-        options.kind,
-        options.instruction,
-        output="csr",
-        top_k=options.top_k,
-        batch_tokens=options.batch_tokens,
-    )
+    with _load(options) as model:
+        embeddings = model.encode(
+            texts,
+            options.kind,
+            options.instruction,
+            output="csr",
+            top_k=options.top_k,
+            batch_tokens=options.batch_tokens,
+        )
     save_embeddings(options.output, embeddings, ids, options.overwrite)
     active = embeddings.nnz / max(len(ids), 1)
     print(f"{len(ids):,} texts x {embeddings.shape[1]:,} dimensions ({active:.0f} active each) in {options.output}")
@@ -190,9 +192,9 @@ def _search(options: argparse.Namespace) -> None:
     stored = load_embeddings(options.embeddings) if options.embeddings else None
     if stored is not None and stored[1] != ids:
         raise ValueError(f"{options.embeddings} was made from another corpus than {options.corpus}: its ids differ")
-    model = _load(options)
-    documents = stored[0] if stored is not None else model.encode_documents(texts, output="csr")
-    asked = model.encode_queries(queries, options.instruction, output="csr")
+    with _load(options) as model:
+        documents = stored[0] if stored is not None else model.encode_documents(texts, output="csr")
+        asked = model.encode_queries(queries, options.instruction, output="csr")
     indices, scores = search(asked, documents, options.k)
     if options.output:
         with atomic_file(options.output, options.overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -222,7 +224,8 @@ def _search(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     if options.k < 1:
         raise ValueError(f"k must be at least 1, found {options.k}")
-    print(_load(options).explain(options.query, options.document, options.k, options.instruction))
+    with _load(options) as model:
+        print(model.explain(options.query, options.document, options.k, options.instruction))
 
 
 def _export(options: argparse.Namespace) -> None:

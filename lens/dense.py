@@ -1,6 +1,6 @@
 """The dense baseline and teacher: a backbone's mean-pooled, normalised hidden states.
 
-Legend: n texts, B texts of a batch, L tokens, D hidden size.
+Legend: n texts, B texts of a batch, L tokens, T tokens of all texts, D hidden size.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from lens.backbone import load_backbone, load_tokenizer, position_limit, resolve_device
+from lens.backbone import hidden_states, load_backbone, load_tokenizer, position_limit, resolve_device
+from lens.packed import choose_packed, packed_states
 from lens.text import token_batches
 
 
 class Dense:
-    """The backbone as it comes, without LENS: mean of the last hidden states over the attention mask, L2-normalised.
+    """The backbone as it comes, without LENS: mean of a text's last hidden states, L2-normalised.
 
     `max_length` is in tokens, special tokens included, and at most what the backbone allows; `batch_tokens` bounds
-    the padded tokens of one batch. A decoder stays causal. Raises OSError when the model or its tokenizer
-    cannot be found, ValueError for damaged ones and for a device that is not there.
+    the tokens of one batch, padded where the backbone cannot do without (lens/packed.py). A decoder stays causal.
+    Raises OSError when the model or its tokenizer cannot be found, ValueError for damaged ones and for a device that is
+    not there.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class Dense:
         model, _, _ = load_backbone(os.fspath(path), bidirectional=False, dtype=kind, device=self._device)
         self._model = model.eval()
         self._max_length = min(max_length, position_limit(self._model) or max_length)
+        half = kind in (torch.bfloat16, torch.float16)
+        self._packed = choose_packed(self._model, self._max_length, None, half)
         self._batch_tokens = batch_tokens or (4096 if self._device.type == "cpu" else 32768)
         self.dimensions = int(self._model.config.hidden_size)
 
@@ -54,12 +60,22 @@ class Dense:
         tokens = self._tokenizer(clean, truncation=True, max_length=self._max_length)["input_ids"] if clean else []
         embeddings = np.zeros((len(texts), self.dimensions), dtype=np.float32)  # (n, D)
         with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=None) as progress:
-            for rows in token_batches([len(ids) for ids in tokens], self._batch_tokens):
-                batch = self._tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
-                batch = batch.to(self._device)
-                hidden = self._model(**batch).last_hidden_state.float()  # (B, L, D)
-                mask = batch["attention_mask"].unsqueeze(-1)  # (B, L, 1)
-                mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B, D)
-                embeddings[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+            for rows in token_batches([len(ids) for ids in tokens], self._batch_tokens, self._packed):
+                means = self._means([tokens[row] for row in rows])
+                embeddings[rows] = F.normalize(means, dim=-1).cpu().numpy()
                 progress.update(len(rows))
         return embeddings
+
+    def _means(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Means (B, D) of the hidden states of each of B texts, 0 for a text without tokens."""
+        lengths = torch.tensor([len(ids) for ids in tokens], device=self._device)
+        if self._packed:
+            offsets = F.pad(lengths.cumsum(0), (1, 0))
+            ids = torch.tensor([token for text in tokens for token in text], dtype=torch.long, device=self._device)
+            states = packed_states(self._model, ids, offsets, max(map(len, tokens)))  # (T, D)
+            sums = torch.segment_reduce(states.float(), "sum", offsets=offsets)
+        else:
+            batch = self._tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self._device)
+            hidden = hidden_states(self._model, batch["input_ids"], batch["attention_mask"]).float()  # (B, L, D)
+            sums = (hidden * batch["attention_mask"].unsqueeze(-1)).sum(1)
+        return sums / lengths.clamp(min=1).unsqueeze(-1)

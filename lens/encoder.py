@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lens import int8
+from lens import int8, pipeline
 from lens.attention import compile_layers, is_flash
 from lens.backbone import resolve_device
 from lens.compat import is_released, load_released
@@ -23,17 +25,32 @@ from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, fetch, load_model
 from lens.packed import choose_packed
 from lens.quantized import Quantization
-from lens.text import Kind, TextProcessor, Tokens, check_texts, token_batches
+from lens.text import Kind, TextProcessor, check_texts
 from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
+from lens.workers import Pool, split
 
 # Legend: N texts, K clusters.
 
 Output = Literal["numpy", "torch", "csr"]
 Compat = Literal["official"]
+Devices = str | torch.device | Sequence[str | torch.device] | None
 Embeddings = Array | Tensor | scipy.sparse.csr_matrix
 
 _BATCH_TOKENS = {"cuda": 1 << 15, "mps": 1 << 13, "cpu": 1 << 11}
-_PROGRESS_BATCHES = 8
+_PROGRESS_STEPS = 8
+
+
+def _budget(device: torch.device, batch_tokens: int | None) -> int:
+    return batch_tokens or _BATCH_TOKENS.get(device.type, 1 << 12)
+
+
+def _first(device: Devices) -> torch.device:
+    """The device, or the first of several, onto which a model is read; raises ValueError for one that is not there."""
+    several = [device] if device is None or isinstance(device, str | torch.device) else list(device)
+    devices = [resolve_device(name) for name in several]
+    if not devices:
+        raise ValueError("no device is named: give one, or a list such as ['cuda:0', 'cuda:1']")
+    return devices[0]
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, attention: str | None = None) -> torch.dtype:
@@ -59,26 +76,35 @@ class LENS:
         self,
         model: LensModel,
         tokenizer: Any,
-        device: str | torch.device | None = None,
+        device: Devices = None,
         compile: bool = False,
         packed: bool | None = None,
     ) -> None:
-        self.packed = packed
-        self.device = resolve_device(device)
+        """A list of devices starts a process for each, which then encode; the model here stays on the CPU."""
+        several = None if device is None or isinstance(device, str | torch.device) else list(device)
+        self.packed, self.compiled = packed, compile
+        self.device = resolve_device(device if several is None else "cpu")  # type: ignore[arg-type]
         self.model = model.to(self.device).eval()
-        if compile:
-            compile_layers(model.backbone, self.device)
         self.tokenizer = tokenizer
         self.text = TextProcessor(tokenizer, model.config)
         self.config = model.config
         self.tokens = ClusterTokens(model.head.labels.cpu().numpy(), model.config.dimensions, tokenizer)
+        self.pool: Pool | None = None
+        if several is not None:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # it may have been read onto the first device
+            self.pool = self.start_multi_process_pool(several)
+        elif packed or compile:
+            self._packs()  # says at once where texts cannot be packed, and probes layers that are not compiled yet
+        if compile and several is None:
+            compile_layers(model.backbone, self.device)
 
     @classmethod
     def build(
         cls,
         backbone: str | os.PathLike[str],
         clusters: str | os.PathLike[str] | None = None,
-        device: str | torch.device | None = None,
+        device: Devices = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
         whiten: bool = False,
@@ -93,12 +119,34 @@ class LENS:
         `lens.load`; `config` takes fields of LensConfig. Raises FileNotFoundError, or ValueError naming the field or
         the file.
         """
-        where = resolve_device(device)
+        where = _first(device)
         kind = resolve_dtype(dtype, where, attn_implementation)
         model, tokenizer = build_model(
             os.fspath(backbone), clusters, kind, attn_implementation, whiten, where, quantization, **config
         )
-        return cls(model, tokenizer, where, compile, packed)
+        return cls(model, tokenizer, device, compile, packed)
+
+    def start_multi_process_pool(self, devices: Sequence[str | torch.device] | None = None) -> Pool:
+        """Starts a process for each device, such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"] (None: every GPU), with this
+        model as it now is, for `encode(..., pool=pool)`.
+
+        The pool is a context manager; `close` ends its processes. A program that starts processes needs
+        `if __name__ == "__main__":` around what it does. Raises what lens.workers.Pool raises.
+        """
+        if devices is None:
+            devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        return Pool(self, devices)
+
+    def close(self) -> None:
+        """Ends the processes of a model that was loaded onto several devices."""
+        if self.pool is not None:
+            self.pool.close()
+
+    def __enter__(self) -> LENS:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def save(self, path: str | os.PathLike[str], include_backbone: bool = False, overwrite: bool = False) -> None:
         """Writes the artifact (see lens.model), atomically; sentence-transformers loads it too.
@@ -144,14 +192,16 @@ class LENS:
         dims: Sequence[int] | None = None,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
+        pool: Pool | None = None,
     ) -> Any:
         """Embeds N texts: (N, K) float32 as numpy array, torch tensor on the CPU, or scipy CSR matrix.
 
         `kind` chooses prompt and maximum length; `instruction` is attended to, not pooled. `dims` keeps those
         columns, `top_k` the largest values of each row; normalised models are normalised again after either.
-        `batch_tokens` bounds the tokens of one batch, padding included where there is any. A text without tokens gives
-        a zero row.
-        Raises TypeError or ValueError naming the offending text or option.
+        `batch_tokens` bounds the tokens of one batch, padding included where there is any. The processes of `pool` do
+        the work where there is one, see `start_multi_process_pool`. A text without tokens gives a zero row.
+        Raises TypeError or ValueError naming the offending text or option, and with a pool ChildProcessError naming
+        the device whose process died.
         """
         texts = check_texts(texts)
         if kind not in ("query", "document"):
@@ -164,50 +214,71 @@ class LENS:
             check_texts([instruction])
         if top_k is not None:
             check_top_k(top_k)
-        columns = None if dims is None else check_dims(dims, self.config.dimensions)
-        budget = _BATCH_TOKENS.get(self.device.type, 1 << 12) if batch_tokens is None else batch_tokens
-        if budget < 1:
+        if dims is not None:
+            dims = check_dims(dims, self.config.dimensions)
+        if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1 token, found {batch_tokens}")
-        width = self.config.dimensions if columns is None else len(columns)
-        tokens = self.text(texts, kind, instruction)
-        packed = self._packs()
-        batches = token_batches([len(item.ids) for item in tokens], budget, packed)
+        width = self.config.dimensions if dims is None else len(dims)
+        pool = pool or self.pool
+        if pool is None:
+            steps, results = self._compute(texts, kind, instruction, top_k, dims, batch_tokens)
+        else:
+            limit = self.config.query_max_length if kind == "query" else self.config.document_max_length
+            chunks = split(texts, width, limit, _budget(pool.devices[0], batch_tokens), len(pool.devices))
+            form = "csr" if output == "csr" else "numpy"
+            options = {"output": form, "top_k": top_k, "dims": dims, "batch_tokens": batch_tokens}
+            results = pool.encode(texts, chunks, kind=kind, instruction=instruction, **options)
+            steps = len(chunks)
         if show_progress is None:
-            show_progress = len(batches) >= _PROGRESS_BATCHES
+            show_progress = steps >= _PROGRESS_STEPS
         parts: list[Any] = []
+        order: list[int] = []
         dense = None if output == "csr" else torch.zeros(len(texts), width)
-        with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
-            for batch in batches:
-                embeddings = self._embed([tokens[i] for i in batch], packed)
-                embeddings = prune(embeddings, columns, top_k, self.config.normalize).cpu()
+        bar = tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False)
+        with bar, closing(results):  # so that what works ahead ends with an error, too
+            for rows, embeddings in results:
                 if dense is None:
                     parts.append(to_csr(embeddings))
+                    order += rows
                 else:
-                    dense[batch] = embeddings
-                bar.update(len(batch))
+                    dense[rows] = torch.as_tensor(embeddings)
+                bar.update(len(rows))
         if dense is not None:
             return dense.numpy() if output == "numpy" else dense
         if not parts:
             return scipy.sparse.csr_matrix((0, width), dtype=np.float32)
         restored = np.empty(len(texts), dtype=np.int64)
-        restored[[i for batch in batches for i in batch]] = np.arange(len(texts))
+        restored[order] = np.arange(len(texts))
         return scipy.sparse.vstack(parts, format="csr")[restored]
+
+    def _compute(
+        self,
+        texts: list[str],
+        kind: Kind,
+        instruction: str | None,
+        top_k: int | None,
+        dims: Sequence[int] | None,
+        batch_tokens: int | None,
+    ) -> tuple[int, Generator[tuple[list[int], Tensor]]]:
+        """About how many batches there are, and each one's rows and embeddings, computed in this process."""
+        packed = self._packs()
+        blocks = pipeline.plan(self.text, texts, kind, instruction, _budget(self.device, batch_tokens), packed)
+        first = next(blocks, [])
+        batches = pipeline.prepare(self.text, chain(first, chain.from_iterable(blocks)), packed, self.device)
+        columns = None if dims is None else torch.tensor(dims, device=self.device)
+        shrink = functools.partial(prune, dims=columns, top_k=top_k, normalize=self.config.normalize)
+
+        def results() -> Generator[tuple[list[int], Tensor]]:
+            with closing(blocks):
+                yield from pipeline.compute(self.model, batches, shrink, self.device, self.model.head.weight.dtype)
+
+        return len(first) * -(-len(texts) // pipeline.BLOCK), results()
 
     def _packs(self) -> bool:
         """Whether texts go through the backbone without padding."""
         longest = max(self.config.query_max_length, self.config.document_max_length)
         half = self.model.head.weight.dtype in (torch.bfloat16, torch.float16)
         return choose_packed(self.model.backbone, longest, self.packed, half)
-
-    def _embed(self, tokens: Sequence[Tokens], packed: bool) -> Tensor:
-        batch = self.text.pack(tokens) if packed else self.text.collate(tokens)
-        embeddings: Tensor = self.model(**batch.inputs(self.device))
-        if not bool(torch.isfinite(embeddings).all()):
-            raise FloatingPointError(
-                f"embeddings hold NaN or infinite values in {self.model.head.weight.dtype}; "
-                "load with dtype='bfloat16' or 'float32'"
-            )
-        return embeddings
 
     def similarity(self, queries: Any, documents: Any) -> NDArray[np.float32]:
         """Inner products (Q, N) of embeddings (Q, K) and (N, K) in any of the output formats."""
@@ -255,7 +326,7 @@ class LENS:
 
 def load(
     path_or_id: str | os.PathLike[str],
-    device: str | torch.device | None = None,
+    device: Devices = None,
     dtype: str | torch.dtype | None = None,
     base: str | None = None,
     revision: str | None = None,
@@ -267,6 +338,8 @@ def load(
 ) -> LENS:
     """Loads a model from a folder or a hub id, on cuda, mps or cpu (the first there is), in eval mode.
 
+    With several devices, such as ["cuda:0", "cuda:1"], a process for each encodes until `close`, see
+    `LENS.start_multi_process_pool`; the model is a context manager.
     `dtype` is bfloat16 on GPUs that have it and float32 elsewhere; `base` is the backbone's place where it has moved.
     `attn_implementation` is sdpa, eager, flex_attention, flash_attention_2, flash_attention_3 or a kernel of the hub
     (org/name); None leaves the choice to transformers. `quantization` ("4bit", "8bit") quantises the backbone while it
@@ -277,7 +350,7 @@ def load(
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
     docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
-    where = resolve_device(device)
+    where = _first(device)
     if compat not in (None, "official"):
         raise ValueError(f"compat must be 'official' or None; found {compat!r}")
     kind = resolve_dtype(dtype, where, attn_implementation)
@@ -297,7 +370,7 @@ def load(
         model, tokenizer = load_model(folder, kind, base, None, attn_implementation, where, read)
     if quantization == "int8":
         int8.quantize(model)
-    return LENS(model, tokenizer, where, compile, packed)
+    return LENS(model, tokenizer, device, compile, packed)
 
 
 def encode(

@@ -118,9 +118,9 @@ def _last(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None)
 def last_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The last row of each text, packed rows (T, D) with offsets (B+1,) -> (B, D); zeros for texts without rows."""
     filled = cu_seqlens.diff() > 0
-    ends = (cu_seqlens[1:] - 1)[filled]
-    empty = rows.new_zeros(len(filled), rows.shape[1])
-    return empty.masked_scatter(filled[:, None], rows[ends])
+    if len(rows) == 0:
+        return rows.new_zeros(len(filled), rows.shape[1])
+    return torch.where(filled[:, None], rows[(cu_seqlens[1:] - 1).clamp(min=0)], 0.0)
 
 
 def _triton(
@@ -213,7 +213,7 @@ class ContextTransform(nn.Module):
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         lengths = cu_seqlens.diff()  # (B,)
-        owner = torch.repeat_interleave(lengths)  # (T,)
+        owner = torch.repeat_interleave(lengths, output_size=len(hidden))  # (T,)
         sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, owner, hidden)
         means = sums / lengths.clamp(min=1)[:, None]  # (B, D)
         return hidden + self.gate * means[owner]

@@ -27,9 +27,16 @@ class _Packed:
 
     def __init__(self, weight: Tensor) -> None:
         weight = weight.detach().float()
-        self.scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
-        self.weight = torch.ops.onednn.qlinear_prepack((weight / self.scales[:, None]).round().to(torch.int8), None)
+        scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+        self.__setstate__(((weight / scales[:, None]).round().to(torch.int8), scales))
+
+    def __setstate__(self, state: tuple[Tensor, Tensor]) -> None:
+        weight, self.scales = state
+        self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
         self.zeros = torch.zeros(len(weight), dtype=torch.long)
+
+    def __getstate__(self) -> tuple[Tensor, Tensor]:
+        return self.weight.to_dense().t().contiguous(), self.scales
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Products (T, O) float32 of quantised tokens (T, I), in units of the tokens' scales."""

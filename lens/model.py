@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,11 @@ from lens.files import atomic_folder, read_json, read_tensors
 from lens.head import LexicalHead, whitened
 from lens.int8 import is_int8
 from lens.merge import save_merged
-from lens.packed import packed_states, pooled_rows
+from lens.packed import packed_states
 from lens.quantized import Quantization, is_quantized
 from lens.text import add_special_tokens, tagged_prompt
 
-# Legend: B texts, L tokens, T tokens of all texts, D hidden size, V vocabulary, K clusters.
+# Legend: B texts, L tokens, T tokens and P pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
 
 CONFIG_FILE, HEAD_FILE, CLUSTERS_FILE = "lens.json", "head.safetensors", "clusters.safetensors"
 MODULES_FILE, SENTENCE_FILE = "modules.json", "config_sentence_transformers.json"
@@ -81,31 +82,45 @@ class LensModel(nn.Module):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        pool_mask: Tensor | None = None,
-        hidden: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        max_length: int | None = None,
+        lengths: Sequence[int] | None = None,
+        pooled: Tensor | None = None,
+        pool_offsets: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings (B, K) float32 of ids (B, L) under attention_mask (B, L), pooled where pool_mask (B, L) is true.
+        """Embeddings (B, K) float32 of ids (B, L) under attention_mask (B, L), or of texts one after another, ids (T,)
+        with offsets `cu_seqlens` (B+1,) and `lengths` (B) on the host (see lens.packed).
 
-        Or of texts one after another, ids (T,) with offsets `cu_seqlens` (B+1,), pooled where pool_mask (T,) is true,
-        the longest of `max_length` tokens, see lens.packed. Instead of ids, `hidden` (T, D) with `cu_seqlens` takes
-        the pooled positions' states that a frozen backbone gave before.
+        `pooled` (P,) holds the places of the pooled tokens among the B*L or T, `pool_offsets` (B+1,) the texts'
+        offsets among them. Instead of ids, `hidden` (P, D) with `pool_offsets` takes the pooled tokens' states that a
+        frozen backbone gave before. Raises ValueError where a part is missing.
         """
         if hidden is None:
-            if input_ids is not None and attention_mask is not None and cu_seqlens is None:
-                hidden = hidden_states(self.backbone, input_ids, attention_mask)
-            elif input_ids is None or cu_seqlens is None or pool_mask is None or max_length is None:
-                raise ValueError(
-                    "give input_ids and attention_mask; packed input_ids, cu_seqlens, pool_mask and max_length; or "
-                    "hidden and cu_seqlens"
-                )
-            else:
-                states = packed_states(self.backbone, input_ids, cu_seqlens, max_length)
-                hidden, cu_seqlens = pooled_rows(states, pool_mask, cu_seqlens)
-                pool_mask = None
-        embeddings: Tensor = self.head(hidden.to(self.head.weight.dtype), pool_mask, cu_seqlens)
+            hidden = self.pooled_states(input_ids, attention_mask, cu_seqlens, lengths, pooled)
+        if pool_offsets is None:
+            raise ValueError("pool_offsets is missing: the offsets of the texts among the pooled tokens")
+        embeddings: Tensor = self.head(hidden.to(self.head.weight.dtype), cu_seqlens=pool_offsets)
         return embeddings
+
+    def pooled_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        """The backbone's states (P, D) of the pooled tokens; arguments and errors as for `forward`."""
+        if input_ids is not None and pooled is not None and attention_mask is not None:
+            states = hidden_states(self.backbone, input_ids, attention_mask).flatten(0, 1)
+        elif input_ids is not None and pooled is not None and cu_seqlens is not None and lengths is not None:
+            states = packed_states(self.backbone, input_ids, cu_seqlens, lengths)
+        else:
+            raise ValueError(
+                "give hidden, or input_ids and pooled with attention_mask (padded) or with cu_seqlens and lengths "
+                "(packed)"
+            )
+        return states if len(pooled) == len(states) else states.index_select(0, pooled)
 
     def save(
         self,

@@ -29,6 +29,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lens import dropped
 from lens.attention import is_flash
 from lens.backbone import bare_model, hidden_states, position_limit
 from lens.quantized import exact_rows
@@ -49,15 +50,15 @@ _LIMITS = "_lens_packing_limits"  # where a backbone keeps what was found
 _probing = threading.Lock()
 
 
-def packed_states(backbone: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-    """Last hidden states (T, D) of packed ids (T,) with the texts' offsets (B+1,), the longest of `max_length` tokens.
+def packed_states(backbone: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Last hidden states (T, D) of packed ids (T,) with the texts' offsets (B+1,) and their lengths (B), on the host.
 
     They are those of padded batches to rounding, on whatever device, under PEFT, quantised or compiled. Neighbouring
     texts of one length are computed together where there is no kernel for texts of any length. Raises ValueError for
     texts beyond `packing_limit`.
     """
-    can_pack(backbone, max_length, required=True)
-    return _run(backbone, input_ids, cu_seqlens, max_length)
+    can_pack(backbone, max(lengths, default=0), required=True)
+    return _run(backbone, input_ids, cu_seqlens, lengths)
 
 
 def packing_limit(backbone: nn.Module) -> int:
@@ -76,6 +77,11 @@ def packing_limit(backbone: nn.Module) -> int:
         if name == "sdpa" and limits[name] and bare.config._attn_implementation == "sdpa":  # set back meanwhile
             bare.set_attn_implementation(IMPLEMENTATION)
         return int(limits[name])
+
+
+def forget_limits(backbone: nn.Module) -> None:
+    """Has `packing_limit` probe anew, as for another device."""
+    bare_model(backbone).__dict__.pop(_LIMITS, None)
 
 
 def can_pack(backbone: nn.Module, longest: int, required: bool = False) -> bool:
@@ -115,13 +121,7 @@ def _pays(backbone: nn.Module, half: bool) -> bool:
     return half and not (trained and any(getattr(config, name, 0.0) for name in names))
 
 
-def pooled_rows(states: Tensor, pool_mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed states (T, D) of which pool_mask (T,) says the pooled ones -> those alone, and the texts' offsets."""
-    ends = F.pad(pool_mask.cumsum(0), (1, 0))  # pooled positions before each position
-    return states[pool_mask], ends[cu_seqlens]
-
-
-def _run(backbone: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+def _run(backbone: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]) -> Tensor:
     bare: Any = bare_model(backbone)
     if len(input_ids) == 0:  # texts without any token
         weight = next(backbone.parameters())
@@ -130,12 +130,14 @@ def _run(backbone: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, max_length:
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if "position_ids" in takes:
         options["position_ids"] = _positions(bare, input_ids, cu_seqlens)[None]
-    offsets = cu_seqlens.to(torch.int32)
+    offsets, max_length = cu_seqlens.to(torch.int32), max(lengths)
     if is_flash(bare.config._attn_implementation):
         options |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "attention_mask": None}
         options |= {"max_length_q": max_length, "max_length_k": max_length}
     else:
-        options["attention_mask"] = offsets.expand(1, 1, max_length, -1)
+        layout = offsets.expand(1, 1, max_length, -1)
+        layout.lengths = lengths  # type: ignore[attr-defined]
+        options["attention_mask"] = layout
     states: Tensor = backbone(input_ids=input_ids[None], **options).last_hidden_state
     return states[0]
 
@@ -223,10 +225,8 @@ def _attend_by_length(
     window: int | None,
 ) -> Tensor:
     """Attention (1, T, H, E), neighbouring texts of one length at a time."""
-    runs: list[tuple[int, int]] | None = getattr(layout, "runs", None)
-    if runs is None:  # once for all layers, since on a GPU the offsets must be waited for
-        runs = _runs(layout[0, 0, 0].diff().tolist())
-        layout.runs = runs  # type: ignore[attr-defined]
+    lengths: Sequence[int] | None = getattr(layout, "lengths", None)  # lost where a model copies its mask
+    runs = _runs(layout[0, 0, 0].diff().tolist() if lengths is None else lengths)
     sizes = [count * length for count, length in runs]
     if sum(sizes) != query.shape[2]:
         raise ValueError(f"the offsets of packed texts end at {sum(sizes)}, but there are {query.shape[2]} tokens")
@@ -238,7 +238,10 @@ def _attend_by_length(
         mask = None
         if window is not None and window < length:
             mask = _band(length, window, causal, query.device)
-        part, _ = sdpa_attention_forward(module, *states, mask, dropout, scaling, causal)  # (count, L, H, E)
+        if 0 < dropout < 1 and query.device.type == "cpu":
+            part = dropped.attention(*states, mask, dropout, scaling, causal)
+        else:
+            part, _ = sdpa_attention_forward(module, *states, mask, dropout, scaling, causal)  # (count, L, H, E)
         parts.append(part.flatten(0, 1))
     return torch.cat(parts)[None]
 
@@ -306,7 +309,7 @@ def _same_as_padded(backbone: nn.Module, weight: Tensor, lengths: Sequence[int])
     texts = torch.split(ids, list(lengths))
     mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     expected = hidden_states(backbone, pad_sequence(list(texts), batch_first=True), mask)[mask.bool()].double()
-    found = _run(backbone, ids, cu_seqlens, max(lengths)).double()
+    found = _run(backbone, ids, cu_seqlens, lengths).double()
     against_padded, between_texts = _TOLERANCE.get(weight.dtype, _HALF_TOLERANCE)
     if not float((found - expected).norm()) <= against_padded * float(expected.norm()):
         return False
@@ -314,7 +317,7 @@ def _same_as_padded(backbone: nn.Module, weight: Tensor, lengths: Sequence[int])
         inside = torch.zeros(total, dtype=torch.bool, device=ids.device)
         inside[start : start + length] = True
         changed = torch.where(inside, (ids + rows // 2) % rows, ids)
-        difference = (_run(backbone, changed, cu_seqlens, max(lengths)).double() - found).norm(dim=1)
+        difference = (_run(backbone, changed, cu_seqlens, lengths).double() - found).norm(dim=1)
         if not float(difference[~inside].norm()) <= between_texts * float(difference[inside].norm()):
             return False
     return True

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lens.backbone import position_limit, resolve_device
+from lens.backbone import hidden_states, position_limit, resolve_device
 from lens.card import model_card
 from lens.encoder import resolve_dtype
 from lens.explain import ClusterTokens
 from lens.files import read_json, require, write_json
 from lens.model import SENTENCE_FILE, LensModel, fetch, load_model
+from lens.packed import choose_packed, packed_states
 from lens.text import Kind, TextProcessor, Tokens, check_texts, tagged_prompt
 from lens.vectors import prune
 
@@ -167,14 +169,27 @@ class LensModule(InputModule):  # type: ignore[misc]
             found = self.text([asked[row][2] for row in rows], kind, instruction)
             tokens |= dict(zip(rows, found, strict=True))
         batch = self.text.collate([tokens[row] for row in range(len(texts))])
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pool_mask": batch.pool_mask}
+        mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # whose rows losses with gradient caching may cut
+        mask.view(-1)[batch.pooled] = True
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pool_mask": mask}
 
     def forward(self, features: dict[str, Any], max_active_dims: int | None = None) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, K) float32; `max_active_dims` keeps the largest values as `top_k` of LENS does.
 
+        Texts go through the backbone without their padding where it can take them so and it pays, see lens.packed.
         Raises FloatingPointError in eval mode when values are not finite.
         """
-        embeddings = self.model(features["input_ids"], features["attention_mask"], features["pool_mask"])
+        ids, mask, pool_mask = features["input_ids"], features["attention_mask"].bool(), features["pool_mask"]
+        head, lengths = self.model.head, mask.sum(1)
+        half = head.weight.dtype in (torch.bfloat16, torch.float16)
+        if choose_packed(self.model.backbone, ids.shape[1], None, half):
+            offsets = F.pad(lengths.cumsum(0), (1, 0))
+            hidden = packed_states(self.model.backbone, ids[mask], offsets, lengths.tolist())[pool_mask[mask]]
+            where = {"cu_seqlens": F.pad(pool_mask.sum(1).cumsum(0), (1, 0))}
+        else:
+            hidden = hidden_states(self.model.backbone, ids, features["attention_mask"])
+            where = {"mask": pool_mask}
+        embeddings = head(hidden.to(head.weight.dtype), **where)
         if not self.training and not bool(torch.isfinite(embeddings).all()):
             raise FloatingPointError(
                 "embeddings hold NaN or infinite values: load with model_kwargs={'dtype': 'bfloat16'} or 'float32'"

@@ -12,7 +12,7 @@ Every pooled set is one contiguous span, so tokens travel as (ids, start, end).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lens.config import LensConfig
 
-# Legend: B texts, L tokens, T tokens of all texts.
+# Legend: B texts, L tokens, T tokens of all texts, P pooled tokens of all texts.
 
 SPECIAL_TOKENS = ("<instruct>", "<query>", "<response>")
 Kind = Literal["query", "document"]
@@ -43,7 +43,8 @@ class Batch:
 
     input_ids: Tensor  # (B, L) int64
     attention_mask: Tensor  # (B, L) int64, 1 = token
-    pool_mask: Tensor  # (B, L) bool, True = pooled
+    pooled: Tensor  # (P,) int64, places of pooled tokens among the B*L
+    pool_offsets: Tensor  # (B+1,) int64, the texts' offsets in `pooled`
 
     def inputs(self, device: torch.device | None = None) -> dict[str, Any]:
         """Arguments of LensModel, on `device` (None: where they are)."""
@@ -56,8 +57,9 @@ class PackedBatch:
 
     input_ids: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (B+1,) int64, the texts' offsets
-    pool_mask: Tensor  # (T,) bool, True = pooled
-    max_length: int  # tokens of the longest text
+    lengths: tuple[int, ...]  # (B,) tokens of each text
+    pooled: Tensor  # (P,) int64, places of pooled tokens among the T
+    pool_offsets: Tensor  # (B+1,) int64, the texts' offsets in `pooled`
 
     def inputs(self, device: torch.device | None = None) -> dict[str, Any]:
         """Arguments of LensModel, on `device` (None: where they are)."""
@@ -68,7 +70,11 @@ def _inputs(batch: Any, device: torch.device | None) -> dict[str, Any]:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     if device is None:
         return values
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+    gpu = device.type == "cuda"
+    for name, value in values.items():
+        if isinstance(value, Tensor):  # from pinned memory nothing is waited for
+            values[name] = (value.pin_memory() if gpu else value).to(device, non_blocking=gpu)
+    return values
 
 
 def check_texts(texts: Any) -> list[str]:
@@ -181,22 +187,38 @@ class TextProcessor:
         width = max(len(item.ids) for item in tokens)
         input_ids = torch.full((len(tokens), width), self.pad_id, dtype=torch.long)
         attention_mask = torch.zeros((len(tokens), width), dtype=torch.long)
-        pool_mask = torch.zeros((len(tokens), width), dtype=torch.bool)
         for row, item in enumerate(tokens):
             input_ids[row, : len(item.ids)] = torch.tensor(item.ids)
             attention_mask[row, : len(item.ids)] = 1
-            pool_mask[row, item.start : item.end] = True
-        return Batch(input_ids, attention_mask, pool_mask)
+        starts = range(0, width * len(tokens), width)
+        return Batch(input_ids, attention_mask, *pooled_places([(item.start, item.end) for item in tokens], starts))
 
     def pack(self, tokens: Sequence[Tokens]) -> PackedBatch:
         """Lays Tokens one after another."""
-        lengths = [len(item.ids) for item in tokens]
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-        pool_mask = torch.zeros(sum(lengths), dtype=torch.bool)
-        for first, item in zip(cu_seqlens.tolist(), tokens, strict=False):
-            pool_mask[first + item.start : first + item.end] = True
+        lengths = tuple(len(item.ids) for item in tokens)
+        cu_seqlens = offsets(lengths)
         input_ids = torch.tensor([token for item in tokens for token in item.ids], dtype=torch.long)
-        return PackedBatch(input_ids, cu_seqlens, pool_mask, max(lengths, default=0))
+        spans = [(item.start, item.end) for item in tokens]
+        return PackedBatch(input_ids, cu_seqlens, lengths, *pooled_places(spans, cu_seqlens.tolist()))
+
+
+def offsets(lengths: Sequence[int]) -> Tensor:
+    """Offsets (B+1,) int64 of texts of these lengths one after another."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def pooled_places(spans: Sequence[tuple[int, int]], starts: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """Places (P,) int64 of the tokens that lie in each text's span, whose first token is at `starts`, and the texts'
+    offsets (B+1,) among them.
+
+    Places, not a mask: a GPU that is to choose by a mask must first tell the host how many it chooses.
+    """
+    places = [
+        place
+        for (first, last), start in zip(spans, starts, strict=False)
+        for place in range(start + first, start + last)
+    ]
+    return torch.tensor(places, dtype=torch.long), offsets([last - first for first, last in spans])
 
 
 def token_batches(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:

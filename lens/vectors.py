@@ -27,15 +27,17 @@ Array = NDArray[np.float32]
 
 
 def prune(
-    embeddings: Tensor, dims: Sequence[int] | None = None, top_k: int | None = None, normalize: bool = False
+    embeddings: Tensor, dims: Sequence[int] | Tensor | None = None, top_k: int | None = None, normalize: bool = False
 ) -> Tensor:
     """Keeps the columns `dims`, then in each row the `top_k` largest values; with `normalize` rows get length one.
 
-    (N, K) -> (N, len(dims) or K). Raises ValueError for dims out of range or repeated, and top_k below 1.
+    (N, K) -> (N, len(dims) or K). A tensor of dims, on the embeddings' device, is taken as checked. Raises ValueError
+    for dims out of range or repeated, and top_k below 1.
     """
     if dims is not None:
-        columns = check_dims(dims, embeddings.shape[1])
-        embeddings = embeddings[:, torch.tensor(columns, device=embeddings.device)]
+        if not isinstance(dims, Tensor):
+            dims = torch.tensor(check_dims(dims, embeddings.shape[1]), device=embeddings.device)
+        embeddings = embeddings[:, dims]
     if top_k is not None:
         check_top_k(top_k)
         if top_k < embeddings.shape[1]:

@@ -45,9 +45,7 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path, checkpointing: bool, 
     batch = Batches(sources, make_schedule(recipe, sources), text, TINY.passages, mini_batch_tokens=cached)[0]
     tokens = 2 * (TINY.passages + 1) * TINY.length
     # The head sees pooled positions alone, and its backward pass is not counted: only active clusters have gradients.
-    pooled = sum(
-        int(part["pool_mask"].sum()) for part in batch["mini_batches"] or (batch["queries"], batch["passages"])
-    )
+    pooled = sum(len(part["pooled"]) for part in batch["mini_batches"] or (batch["queries"], batch["passages"]))
     head = 2 * TINY.clusters * TINY.width
     passes = 2 if cached else 1
     expected = tokens * (hardware_flops(TINY, case) - passes * head) + passes * pooled * head

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import sparse, stats
+from tokenizers.processors import TemplateProcessing
 
 from eval import scoring
 from eval.metrics import compare, holm, interval, per_query, randomisation_test
@@ -52,6 +53,10 @@ class StubLens:
 
     def __init__(self, path: str = "", **options: Any) -> None:
         self.config = SimpleNamespace(base="stub-backbone", normalize=True)
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def _encode(self, texts: list[str], output: str) -> Any:
         vectors = np.zeros((len(texts), 16), dtype=np.float32)
@@ -209,18 +214,44 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_dense_is_the_mean_over_unpadded_tokens(bert: Path) -> None:
+@pytest.mark.parametrize("packs", [True, False])
+def test_dense_is_the_mean_over_unpadded_tokens(bert: Path, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    if not packs:
+        monkeypatch.setattr("lens.dense.choose_packed", lambda *_: False)
     texts = ["a fox", "", "the longest text of all of them", "b", "lone \ud800 surrogate"]
-    found = Dense(bert, device="cpu", max_length=12, batch_tokens=20).encode(texts)
+    dense = Dense(bert, device="cpu", max_length=12, batch_tokens=20)
+    found = dense.encode(texts)
+    assert dense._packed == packs
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
     for row, text in zip(found, texts, strict=True):
         tokens = tokenizer(text.replace("\ud800", "?"), truncation=True, max_length=12, return_tensors="pt")
         with torch.no_grad():
             mean = model(**tokens).last_hidden_state[0].mean(0).numpy()
         np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_dense_decoders_stay_causal_and_texts_without_tokens_are_zero(mistral: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(mistral)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")  # no BOS: an empty text has no token
+    tokenizer.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(mistral)
+    model.save_pretrained(tmp_path)
+    texts = ["the lazy dog", "", "a date from a string, and more"]
+    dense = Dense(tmp_path, device="cpu")
+    found = dense.encode(texts)
+    assert dense._packed
+    assert not found[1].any()
+    for row in (0, 2):
+        ids = tokenizer(texts[row], add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            mean = model.eval().model(**ids).last_hidden_state[0].mean(0).numpy()
+        np.testing.assert_allclose(found[row], mean / np.linalg.norm(mean), atol=1e-5)
 
 
 def test_dense_unusable_device(bert: Path) -> None:

@@ -49,6 +49,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_several_devices_are_ended_with_the_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[StubLens, Any]] = []
+
+    def load(path: str, **options: Any) -> StubLens:
+        loaded.append((StubLens(path), options["device"]))
+        return loaded[-1][0]
+
+    dense: list[Any] = []
+    monkeypatch.setattr(lens, "load", load)
+    monkeypatch.setattr(run, "Dense", lambda *options: dense.append(options[1]) or StubDense(*options))
+    command = "--model mini --beir tiny --baselines dense --resamples 100 --devices cuda:1 cuda:2"
+    assert run.main([*command.split(), "--output", "out"]) == 0
+    assert [(model.closed, device) for model, device in loaded] == [(True, ["cuda:1", "cuda:2"])]
+    assert dense == ["cuda:1"]
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.main([*command.split(), "--output", "other"])
+    assert loaded[1][0].closed
+    with pytest.raises(SystemExit, match="2"):
+        run.main([*command.split(), "--device", "cpu"])
+
+
 def test_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_beir(folder / "other")
     command = "--model mini LENS=mini --beir tiny other --baselines bm25 dense --fuse --save-runs --resamples 200"

@@ -103,7 +103,7 @@ def test_sentence_transformers_gives_the_vectors_of_lens(folders: dict[str, Path
     model, peer = lens.load(folders[kind], device="cpu", packed=False), transformer(folders[kind])
     documents, queries = model.encode_documents(TEXTS), model.encode_queries(TEXTS)
     assert not np.allclose(documents, queries)
-    # sentence-transformers pads texts, as `model` does; packed ones are summed in another order
+    # `model` pads texts; packed ones, as both sides have them unless asked otherwise, are summed in another order
     close(lens.load(folders[kind], device="cpu").encode_documents(TEXTS), documents)
     close(peer.encode(TEXTS), documents)
     close(peer.encode(TEXTS, batch_size=1), documents)
@@ -268,7 +268,38 @@ def test_threads_and_processes(folders: dict[str, Path]) -> None:
     assert twin.decode(twin.encode("copy"), top_k=2) == encoder.decode(encoder.encode("copy"), top_k=2)
 
 
-def test_gradients_pass_through(folders: dict[str, Path]) -> None:
+def test_sentence_transformers_packs_texts_where_it_pays(folders: dict[str, Path], monkeypatch) -> None:
+    peer = transformer(folders["merged"])
+    seen: list[tuple[int, int]] = []
+    inner = lens.model.packed_states
+
+    def spy(backbone, ids, cu_seqlens, longest):
+        seen.append((len(ids), int(cu_seqlens[-1])))
+        return inner(backbone, ids, cu_seqlens, longest)
+
+    monkeypatch.setattr(lens.model, "packed_states", spy)
+    packed = peer.encode(TEXTS, batch_size=len(TEXTS))
+    tokens = sum(len(item.ids) for item in peer[0].text(TEXTS))
+    assert seen == [(tokens, tokens)]
+    monkeypatch.setattr("lens.sentence.choose_packed", lambda *_: False)
+    close(peer.encode(TEXTS), packed)
+    assert len(seen) == 1
+
+
+def test_gradients_pass_through(folders: dict[str, Path], monkeypatch) -> None:
+    found = []
+    for packs in (True, False):
+        peer = transformer(folders["bert"])
+        peer[0].model.requires_grad_(True)
+        with monkeypatch.context() as patch:
+            if not packs:
+                patch.setattr("lens.sentence.choose_packed", lambda *_: False)
+            peer(peer.preprocess(SENTENCES[:2]))["sentence_embedding"].pow(2)[:, ::3].sum().backward()
+        found.append([peer[0].model.head.weight.grad, *(p.grad for p in peer[0].model.backbone.parameters())])
+        assert all(gradient is not None for gradient in found[-1])
+    assert found[0][0].abs().sum() > 0
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
     peer = transformer(folders["bert"]).train()
     peer[0].model.head.weight.requires_grad_(True)
     peer(peer.preprocess(SENTENCES[:2]))["sentence_embedding"].sum().backward()

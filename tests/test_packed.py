@@ -22,7 +22,6 @@ from lens.packed import (
     packed_attention,
     packed_states,
     packing_limit,
-    pooled_rows,
 )
 from lens.text import token_batches
 from train.build import build
@@ -64,15 +63,15 @@ def test_packed_states_are_those_of_texts_by_themselves(name, bidirectional, bac
     for lengths in (LENGTHS, OTHER_ORDER, [5]):
         ids, cu_seqlens, texts = texts_of(lengths)
         with torch.no_grad():
-            found = packed_states(backbone, ids, cu_seqlens, max(lengths))
+            found = packed_states(backbone, ids, cu_seqlens, lengths)
             torch.testing.assert_close(found, one_by_one(backbone, texts), atol=2e-5, rtol=1e-4)
     with torch.no_grad():  # one text changes, and no other
         ids, cu_seqlens, texts = texts_of()
-        found = packed_states(backbone, ids, cu_seqlens, 23)
+        found = packed_states(backbone, ids, cu_seqlens, LENGTHS)
         for place in range(len(LENGTHS)):
             inside = torch.zeros(len(ids), dtype=torch.bool)
             inside[cu_seqlens[place] : cu_seqlens[place + 1]] = True
-            other = packed_states(backbone, torch.where(inside, (ids + 50) % 250, ids), cu_seqlens, 23)
+            other = packed_states(backbone, torch.where(inside, (ids + 50) % 250, ids), cu_seqlens, LENGTHS)
             assert torch.equal(other[~inside], found[~inside])
             assert ((other - found)[inside].abs().amax(1) > 1e-5).any()
 
@@ -83,7 +82,7 @@ def test_padding_tokens_inside_a_text_count_as_they_do_in_padded_batches(backbon
     ids[[2, 30, 50]] = backbone.config.pad_token_id
     texts = list(torch.split(ids, LENGTHS))
     with torch.no_grad():
-        found = packed_states(backbone.eval(), ids, cu_seqlens, 23)
+        found = packed_states(backbone.eval(), ids, cu_seqlens, LENGTHS)
         torch.testing.assert_close(found, one_by_one(backbone, texts), atol=2e-5, rtol=1e-4)
 
 
@@ -107,7 +106,7 @@ def test_flash_attention_gets_the_texts_offsets(name, backbones, monkeypatch):  
     monkeypatch.setattr("lens.packed._probe_limit", lambda *_, **__: UNLIMITED)  # which compares with padded batches
     backbone.config._attn_implementation = "flash_attention_2"
     with torch.no_grad():
-        found = packed_states(backbone, ids, cu_seqlens, 23)
+        found = packed_states(backbone, ids, cu_seqlens, LENGTHS)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     assert len(seen) == backbone.config.num_hidden_layers
     for mask, options in seen:
@@ -141,10 +140,10 @@ def test_a_backbone_that_mixes_texts_gets_padded_batches(change, bert, bert_clus
     assert model.model.backbone.config._attn_implementation == "sdpa"
     assert (model.encode(SENTENCES) == expected).all()
     with pytest.raises(ValueError, match="packed=True contradicts the backbone BertModel: its attention does not keep"):
-        lens.LENS.build(bert, bert_clusters, packed=True).encode(SENTENCES)
+        lens.LENS.build(bert, bert_clusters, packed=True)
     ids, cu_seqlens, _ = texts_of()
     with pytest.raises(ValueError, match="Leave packed out"):
-        packed_states(model.model.backbone, ids, cu_seqlens, 23)
+        packed_states(model.model.backbone, ids, cu_seqlens, LENGTHS)
 
 
 def test_a_window_beyond_the_probe_bounds_the_texts(tmp_path, monkeypatch):
@@ -200,10 +199,13 @@ def test_packed_batches_hold_real_tokens_only(bert, bert_clusters):
     batch = model.text.pack(tokens)
     assert batch.input_ids.tolist() == [i for item in tokens for i in item.ids]
     assert batch.cu_seqlens.diff().tolist() == [len(item.ids) for item in tokens]
-    assert batch.max_length == max(len(item.ids) for item in tokens)
-    rows, ends = pooled_rows(batch.input_ids[:, None], batch.pool_mask, batch.cu_seqlens)
-    assert rows[:, 0].tolist() == [i for item in tokens for i in item.ids[item.start : item.end]]
-    assert ends.diff().tolist() == [item.end - item.start for item in tokens]
+    assert list(batch.lengths) == [len(item.ids) for item in tokens]
+    pooled = [i for item in tokens for i in item.ids[item.start : item.end]]
+    assert batch.input_ids[batch.pooled].tolist() == pooled
+    assert batch.pool_offsets.diff().tolist() == [item.end - item.start for item in tokens]
+    padded = model.text.collate(tokens)
+    assert padded.input_ids.flatten()[padded.pooled].tolist() == pooled
+    assert torch.equal(padded.pool_offsets, batch.pool_offsets)
     lengths = [3, 9, 1, 4, 4, 20, 2]
     assert token_batches(lengths, 10, packed=True) == [[5], [1], [3, 4], [0, 6, 2]]
     assert token_batches(lengths, 10) == [[5], [1], [3, 4], [0, 6, 2]]
@@ -262,7 +264,7 @@ def test_lora_and_gradient_checkpointing_reach_the_attention_of_every_family(bac
                 if isinstance(getattr(module, "attention_dropout", None), float):
                     module.attention_dropout = 0.0
             ids, cu_seqlens, texts = texts_of()
-            run = packed_states(backbone, ids, cu_seqlens, 23) if packed else padded(backbone, texts)
+            run = packed_states(backbone, ids, cu_seqlens, LENGTHS) if packed else padded(backbone, texts)
             (run * torch.randn(run.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
             grads.append({n: p.grad for n, p in backbone.named_parameters() if p.grad is not None})
         assert grads[0].keys() == grads[1].keys()
@@ -280,8 +282,9 @@ def test_compiled_layers_take_packed_texts(mistral):
         expected = [one_by_one(backbone, texts) for _, _, texts in cases]
         for layer in backbone.layers:  # traced as by compile_layers, but without its minute of C++
             layer.compile(dynamic=True, backend="aot_eager")
-        for (ids, cu_seqlens, _), states in zip(cases, expected, strict=True):
-            torch.testing.assert_close(packed_states(backbone, ids, cu_seqlens, 23), states, atol=2e-5, rtol=1e-4)
+        for (ids, cu_seqlens, texts), states in zip(cases, expected, strict=True):
+            found = packed_states(backbone, ids, cu_seqlens, [len(text) for text in texts])
+            torch.testing.assert_close(found, states, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("folder", ["mistral", "bert"])
@@ -299,7 +302,7 @@ def test_stored_states_and_last_layers_are_those_of_padded_batches(folder, reque
             found[parts, packed] = batch["hidden" if top is None else "below"]
             if top is not None:
                 states = found["below", False].clone().requires_grad_()
-                found["top", packed] = top(states, batch["cu_seqlens"])
+                found["top", packed] = top(states, batch["lengths"])
                 found["gradient", packed] = torch.autograd.grad(found["top", packed].pow(3).sum(), states)[0]
     for parts in ("final", "below", "top", "gradient"):
         torch.testing.assert_close(found[parts, True], found[parts, False], atol=2e-3, rtol=2e-3)

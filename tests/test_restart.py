@@ -114,16 +114,18 @@ def test_sigterm_to_all_processes_of_a_run_with_workers(empty, mistral, mistral_
     assert "stopped by SIGTERM after step" in out
 
 
-def test_sigterm_while_ranks_agree_counts_at_the_next_step(monkeypatch):
+def test_sigterm_while_ranks_agree_counts_at_the_next_step_and_is_read_one_later(monkeypatch):
     stopping = Stopping()
     state, control = SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace(should_training_stop=False)
-    arguments = SimpleNamespace(device="cpu")
+    arguments = SimpleNamespace(device=torch.device("cpu"))
     stopping.on_train_begin(arguments, state, control)
     monkeypatch.setattr("train.progress.dist.is_initialized", lambda: True)
     monkeypatch.setattr("train.progress.dist.all_reduce", lambda *_: stopping._receive(signal.SIGTERM, None))
     stopping.on_step_end(arguments, state, control)
     assert not control.should_training_stop  # other ranks did not know of it
     monkeypatch.setattr("train.progress.dist.all_reduce", lambda *_: None)
+    stopping.on_step_end(arguments, state, control)
+    assert not control.should_training_stop
     stopping.on_step_end(arguments, state, control)
     assert control.should_training_stop
 

@@ -131,11 +131,14 @@ def test_texts_that_cannot_be_encoded(decoder, texts, error, message):
 
 def test_collate_pads_on_the_right(encoder):
     batch = encoder.text.collate(encoder.text(["the fox", "the quick brown fox jumps"]))
-    assert batch.input_ids.shape == batch.attention_mask.shape == batch.pool_mask.shape
+    assert batch.input_ids.shape == batch.attention_mask.shape
     lengths = batch.attention_mask.sum(1).tolist()
     assert batch.attention_mask[0, : lengths[0]].all()
     assert not batch.attention_mask[0, lengths[0] :].any()
-    assert batch.pool_mask.sum(1).tolist() == [length - 2 for length in lengths]
+    assert batch.pool_offsets.diff().tolist() == [length - 2 for length in lengths]
+    width = batch.input_ids.shape[1]
+    places = [row * width + 1 + i for row, length in enumerate(lengths) for i in range(length - 2)]
+    assert batch.pooled.tolist() == places
 
 
 def test_lens_prompt_needs_its_tokens(encoder):

@@ -28,8 +28,7 @@ def model(mistral, mistral_clusters):
 
 
 def inputs_of(model):
-    batch = model.text.collate(model.text(SENTENCES[:5], "document"))
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pool_mask": batch.pool_mask}
+    return model.text.collate(model.text(SENTENCES[:5], "document")).inputs()
 
 
 def test_maxima_at_the_ends_by_loops(model):
@@ -38,8 +37,8 @@ def test_maxima_at_the_ends_by_loops(model):
     counts = [0, 0, 0]
     with torch.no_grad():
         hidden = model.model.backbone(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
-        for row, mask in zip(hidden, inputs["pool_mask"].bool(), strict=True):
-            logits = [[float(state @ centroid) for state in row[mask]] for centroid in model.model.head.weight]
+        for states in hidden.flatten(0, 1)[inputs["pooled"]].split(inputs["pool_offsets"].diff().tolist()):
+            logits = [[float(state @ centroid) for state in states] for centroid in model.model.head.weight]
             for values in logits:
                 if max(values) > 0:
                     counts[2] += 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -78,6 +79,7 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.asked = self.training = self.stopped = False
+        self._agreed: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Stopping]:
@@ -98,10 +100,28 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         self.training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        stop = self.asked
-        if dist.is_initialized():  # the signal reaches the ranks at different steps; they must stop after the same one
-            asked = torch.tensor(int(stop), device=args.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            stop = bool(asked)  # one that comes meanwhile counts at the next step
+        stop = self._asked_anywhere(args.device) if dist.is_initialized() else self.asked
         if stop and state.global_step < state.max_steps:
             self.stopped = control.should_training_stop = control.should_save = True
+
+    def _asked_anywhere(self, device: torch.device) -> bool:
+        """Whether any rank had been asked by the end of the step before this one.
+
+        The signal reaches the ranks at different steps, but all must stop after the same one, so they add up what they
+        know. The sum is read a step later, when it has long arrived: no step waits for a GPU.
+        """
+        before = self._agreed
+        asked = torch.full((), int(self.asked), dtype=torch.int32, device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if device.type == "cuda":
+            asked = torch.empty_like(asked, device="cpu", pin_memory=True).copy_(asked, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(device))
+            self._agreed = asked, arrived
+        else:
+            self._agreed = asked, None
+        if before is None:
+            return False
+        if before[1] is not None:
+            before[1].synchronize()
+        return bool(before[0])

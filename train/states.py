@@ -20,7 +20,7 @@ from lens.backbone import hidden_states
 from lens.files import read_json, write_json
 from lens.model import LensModel
 from lens.packed import packed_states
-from lens.text import TextProcessor, Tokens, token_batches
+from lens.text import TextProcessor, Tokens, offsets, pooled_places, token_batches
 from train.data import Example, Key, tokenize
 from train.top import TopLayers
 
@@ -64,24 +64,20 @@ class HiddenStates:
         counts: list[int] = (self.offsets[np.array(rows) + 1] - self.offsets[rows]).tolist()
         return counts
 
-    def batch(self, texts: Sequence[Key]) -> dict[str, Tensor]:
-        """Packed states (T, D) float32 of the texts, in order, and their offsets cu_seqlens (B+1,).
+    def batch(self, texts: Sequence[Key]) -> dict[str, Any]:
+        """Packed states (T, D) float32 of the texts, in order, as QueryPassageModel takes them.
 
-        They are named `hidden` where they are final, `below` where the last layers are still to come; `pooled` (T,)
-        then says which of their positions are pooled.
+        They are named `hidden` where they are final; `below`, with the texts' `lengths` and the places of the pooled
+        positions, where the last layers are still to come.
         """
         rows = [self.index[key] for key in texts]
         parts = [self.states[self.offsets[i] : self.offsets[i + 1]] for i in rows]
-        lengths = [0, *(len(part) for part in parts)]
+        lengths = tuple(len(part) for part in parts)
         states = torch.from_numpy(np.concatenate(parts).astype(np.float32))
-        batch = {"cu_seqlens": torch.tensor(lengths).cumsum(0)}
         if self.spans is None:
-            return {"hidden": states, **batch}
-        pooled = torch.zeros(len(states), dtype=torch.bool)
-        for first, row in zip(batch["cu_seqlens"].tolist(), rows, strict=False):
-            start, end = self.spans[row]
-            pooled[first + start : first + end] = True
-        return {"below": states, "pooled": pooled, **batch}
+            return {"hidden": states, "pool_offsets": offsets(lengths)}
+        pooled, ends = pooled_places([self.spans[row] for row in rows], offsets(lengths).tolist())
+        return {"below": states, "lengths": lengths, "pooled": pooled, "pool_offsets": ends}
 
 
 @torch.inference_mode()
@@ -138,7 +134,7 @@ def _states(
     """States (T, D) of all tokens of the texts in float16, on the CPU."""
     if packed:
         inputs = text.pack(tokens).inputs(device)
-        where = inputs["input_ids"], inputs["cu_seqlens"], inputs["max_length"]
+        where = inputs["input_ids"], inputs["cu_seqlens"], inputs["lengths"]
         hidden = packed_states(model.backbone, *where) if top is None else top.below_packed(*where)
     else:
         batch = text.collate(tokens)

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lens.backbone import hidden_states
+from lens.dropped import speed_up
 from lens.model import LensModel
-from lens.packed import packed_states, pooled_rows
 from train.top import TopLayers
 
-# Legend: Q queries, P passages per query, K clusters.
+# Legend: Q queries, P passages per query or pooled positions of all texts, K clusters.
 
 
 class QueryPassageModel(nn.Module):
@@ -32,6 +30,7 @@ class QueryPassageModel(nn.Module):
         super().__init__()
         self.model = model
         self.top = top
+        speed_up(model)
 
     def forward(
         self,
@@ -51,30 +50,25 @@ class QueryPassageModel(nn.Module):
         else:
             # As one argument: only from positional ones does torch see whose random numbers it must keep.
             embeddings = torch.cat([checkpoint(self._run, part, use_reentrant=False) for part in mini_batches])
-        return embeddings[queries], embeddings[passages]
+        together = embeddings[torch.cat([queries, passages])]  # whose gradient is one tensor, not two
+        return together[: len(queries)], together[len(queries) :]
 
     def _run(self, inputs: dict[str, Any]) -> Tensor:
         return self._embed(**inputs)
 
     def _embed(self, **inputs: Any) -> Tensor:
-        if "below" in inputs:
-            inputs = dict(zip(("hidden", "cu_seqlens"), self.states(**inputs), strict=True))
-        embeddings: Tensor = self.model(**inputs)
+        embeddings: Tensor = self.model(hidden=self.states(**inputs), pool_offsets=inputs["pool_offsets"])
         return embeddings
 
-    def states(self, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """Final states of the pooled positions of one pass's texts (T, D) and the texts' offsets (B+1,)."""
+    def states(self, **inputs: Any) -> Tensor:
+        """Final states (P, D) of the pooled positions of one pass's texts."""
         if "hidden" in inputs:
-            return inputs["hidden"], inputs["cu_seqlens"]
+            found: Tensor = inputs["hidden"]
+            return found
         if "below" in inputs:
             assert self.top is not None
-            return pooled_rows(self.top(inputs["below"], inputs["cu_seqlens"]), inputs["pooled"], inputs["cu_seqlens"])
-        if "cu_seqlens" in inputs:
-            states = packed_states(self.model.backbone, inputs["input_ids"], inputs["cu_seqlens"], inputs["max_length"])
-            return pooled_rows(states, inputs["pool_mask"], inputs["cu_seqlens"])
-        mask = inputs["pool_mask"].bool()
-        hidden = hidden_states(self.model.backbone, inputs["input_ids"], inputs["attention_mask"])
-        return hidden[mask], F.pad(mask.sum(1).cumsum(0), (1, 0))
+            return self.top(inputs["below"], inputs["lengths"]).index_select(0, inputs["pooled"])
+        return self.model.pooled_states(**{name: value for name, value in inputs.items() if name != "pool_offsets"})
 
     def train(self, mode: bool = True) -> QueryPassageModel:
         """As nn.Module's; of a backbone whose last layers alone are trained, those alone leave eval mode."""
@@ -127,18 +121,23 @@ def cached_backward(
 
 
 def first_texts(inputs: dict[str, Any], count: int) -> dict[str, Any]:
-    """The model inputs of the first texts of one pass, padded or packed."""
-    if "cu_seqlens" not in inputs:
-        return {name: tensor[:count] for name, tensor in inputs.items()}
-    ends = inputs["cu_seqlens"][: count + 1]
-    tokens = int(ends[-1])
-    cut = {name: value[:tokens] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return {**cut, "cu_seqlens": ends}
+    """The model inputs of the first texts of one pass, padded or packed; on a GPU it waits for the offsets."""
+    ends = inputs["pool_offsets"][: count + 1]
+    cut = {**inputs, "pool_offsets": ends}
+    if "hidden" in inputs:
+        return {**cut, "hidden": inputs["hidden"][: int(ends[-1])]}
+    cut["pooled"] = inputs["pooled"][: int(ends[-1])]
+    if "lengths" not in inputs:
+        return cut | {name: inputs[name][:count] for name in ("input_ids", "attention_mask")}
+    cut["lengths"] = inputs["lengths"][:count]
+    rows = "below" if "below" in inputs else "input_ids"
+    cut[rows] = inputs[rows][: sum(cut["lengths"])]
+    return cut if rows == "below" else cut | {"cu_seqlens": inputs["cu_seqlens"][: count + 1]}
 
 
 def _rows(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    every = slice(None)
-    embeddings: Tensor = model(every, every, [inputs])[0]
+    every = torch.arange(len(inputs["pool_offsets"]) - 1, device=inputs["pool_offsets"].device)
+    embeddings: Tensor = model(every, every[:0], [inputs])[0]
     return embeddings
 
 

@@ -9,18 +9,17 @@ the whole backbone gives is not believed but probed: a model that does more betw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lens.backbone import hidden_states
 from lens.packed import packed_states
-from lens.text import token_batches
+from lens.text import offsets, token_batches
 
 # Legend: B texts, L tokens, T tokens of all texts, D hidden size.
 
@@ -61,9 +60,9 @@ class TopLayers:
         """States (B, L, D) that leave the layers below, of ids (B, L) under mask (B, L)."""
         return self._caught(lambda: hidden_states(self.backbone, input_ids, attention_mask))
 
-    def below_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-        """States (T, D) that leave the layers below, of packed ids (T,) with offsets (B+1,)."""
-        return self._caught(lambda: packed_states(self.backbone, input_ids, cu_seqlens, max_length))[0]
+    def below_packed(self, input_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """States (T, D) that leave the layers below, of packed ids (T,) with offsets (B+1,) and lengths (B)."""
+        return self._caught(lambda: packed_states(self.backbone, input_ids, cu_seqlens, lengths))[0]
 
     def _caught(self, run: Callable[[], Any]) -> Tensor:
         found: list[Any] = []
@@ -77,28 +76,28 @@ class TopLayers:
         states: Tensor = output if self._rest is None else output[0]
         return states
 
-    def __call__(self, states: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Packed states of the layer below (T, D) with offsets (B+1,) -> the backbone's final states (T, D).
+    def __call__(self, states: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Packed states of the layer below (T, D) of texts of these lengths (B) -> the backbone's final states (T, D).
 
         Texts of like length go together.
         """
-        lengths = cu_seqlens.diff()
-        parts = list(torch.split(states, lengths.tolist()))
+        parts = list(torch.split(states, list(lengths)))
         budget = _BATCH_TOKENS.get(states.device.type, 1 << 15)
-        for batch in token_batches(lengths.tolist(), budget, self.packed):
+        for batch in token_batches(lengths, budget, self.packed):
+            sizes = [lengths[i] for i in batch]
             if self.packed:
                 chosen = torch.cat([parts[i] for i in batch])
-                offsets = F.pad(lengths[batch].cumsum(0), (1, 0))
                 with self._handing_on(chosen[None].to(next(self.layers.parameters()).dtype)):
                     ids = torch.zeros(len(chosen), dtype=torch.long, device=chosen.device)
-                    final = packed_states(self.backbone, ids, offsets, len(parts[batch[0]]))
-                for part, i in zip(torch.split(final, lengths[batch].tolist()), batch, strict=True):
+                    final = packed_states(self.backbone, ids, offsets(sizes).to(chosen.device), sizes)
+                for part, i in zip(torch.split(final, sizes), batch, strict=True):
                     parts[i] = part.to(states.dtype)
                 continue
             padded = pad_sequence([parts[i] for i in batch], batch_first=True)  # (B, L, D)
             if padded.shape[1] == 0:
                 continue
-            mask = torch.arange(padded.shape[1], device=states.device) < lengths[batch][:, None]
+            mask = torch.arange(padded.shape[1]) < torch.tensor(sizes)[:, None]
+            mask = mask.to(states.device)
             with self._handing_on(padded.to(next(self.layers.parameters()).dtype)):
                 final = hidden_states(self.backbone, torch.zeros_like(mask, dtype=torch.long), mask.long())
             for row, i in zip(final, batch, strict=True):
@@ -140,7 +139,7 @@ class TopLayers:
             packed = self.below(ids, mask.long())[mask]
             if any(item is not None for item in self._rest or ()):
                 raise ValueError("its layers give more than states")
-            found = self(packed, torch.tensor([0, 12, 19], device=weight.device)).float()
+            found = self(packed, [12, 7]).float()
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{cut} ({' '.join(str(error).split())[:120]}): use another value of backbone") from error
         finally:

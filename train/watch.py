@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Watch:
         self._reset()
 
     def _reset(self) -> None:
+        self._since, self._waited = time.perf_counter(), 0.0
         self._sums: dict[str, Tensor] = {}
         self._active: Tensor | None = None  # (K,) passages in which each cluster was active
         self._steps = self._passages = 0
@@ -53,26 +55,32 @@ class Watch:
         self._passages += len(passages)
         self._inputs = inputs
 
+    def wait(self, seconds: float) -> None:
+        """Takes in what the process waited for a batch."""
+        self._waited += seconds
+
     def figures(self) -> dict[str, float]:
         """The figures since the last call; all ranks call together. Empty when nothing was counted.
 
         `accuracy` is the share of queries whose positive scores highest, `query_cosine` the mean cosine of two queries
         of a batch. `dead_clusters` and `always_on_clusters` are shares of the K clusters that were active in none and
         in all passages; `maxima_first` and `maxima_last` shares of the active clusters of some texts whose maximum
-        lies at the first and at the last pooled position.
+        lies at the first and at the last pooled position. `data_wait` is the share of the time that the process waited
+        for batches, the mean of all ranks; where it runs ahead of a GPU, that need not keep the GPU waiting.
         """
         if self._active is None or self._inputs is None:
             return {}
         values = torch.stack([value.float() for value in self._sums.values()]) / self._steps
         first, last = maxima_at_ends(self.model, sample_of(self._inputs))
-        totals = torch.cat([values, torch.stack([first, last])])
+        waited = torch.full_like(first, self._waited / max(time.perf_counter() - self._since, 1e-9))
+        totals = torch.cat([values, torch.stack([first, last, waited])])
         active, passages = self._active, self._passages
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
             totals /= dist.get_world_size()
             dist.all_reduce(active)
             passages *= dist.get_world_size()
-        figures = dict(zip([*self._sums, "maxima_first", "maxima_last"], totals.tolist(), strict=True))
+        figures = dict(zip([*self._sums, "maxima_first", "maxima_last", "data_wait"], totals.tolist(), strict=True))
         figures["dead_clusters"] = float((active == 0).float().mean())
         figures["always_on_clusters"] = float((active == passages).float().mean())
         self._reset()
@@ -122,7 +130,7 @@ def maxima_at_ends(model: QueryPassageModel, inputs: dict[str, Any]) -> tuple[Te
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        hidden, cu_seqlens = model.states(**inputs)
+        hidden, cu_seqlens = model.states(**inputs), inputs["pool_offsets"]
         head = model.model.head
         first = last = total = torch.zeros((), device=hidden.device)
         with collected(head):
