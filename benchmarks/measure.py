@@ -123,15 +123,24 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def plot(name: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> str:
-    """Draws lines on logarithmic axes into docs/plots/NAME.svg and returns the link for the page."""
+def plot(
+    name: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, points: bool = False
+) -> str:
+    """Draws lines on logarithmic axes into docs/plots/NAME.svg and returns the link for the page.
+
+    `points` is for series of one point each: y is then linear, and the legend stands beside them.
+    """
     figure, axes = _figure(name, 3.6)
     for label, (across, up) in series.items():
-        axes.loglog(across, up, marker="o", label=label)
+        axes.loglog(across, up, marker="o", linestyle="" if points else "-", label=label)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if points:
+        axes.set_yscale("linear")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.legend(frameon=False)
     return _saved(figure, name, f"{y} against {x}")
 
 

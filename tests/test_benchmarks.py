@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from benchmarks import measure, scaling, scaling_page, step, where
+from benchmarks import kmeans, measure, scaling, scaling_page, step, where
 from benchmarks.flops import encoder_flops
 
 CPU = torch.device("cpu")
@@ -252,3 +253,56 @@ def test_the_page_on_scaling_gives_the_fitted_exponents(tmp_path: Path, monkeypa
     assert "| 2 | 2.00 | 1.41 | 50.00 |" in text
     assert "### Tokens" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"scaling-clusters.svg", "scaling-ranks.svg"}
+
+
+def test_synthetic_rows_have_groups_a_falling_spectrum_and_a_seed() -> None:
+    rows = kmeans.synthetic(4000, 64)
+    assert rows.shape == (4000, 64)
+    assert rows.dtype == np.float32
+    assert np.array_equal(rows, kmeans.synthetic(4000, 64))
+    assert not np.array_equal(rows, kmeans.synthetic(4000, 64, seed=1))
+    variances = (rows**2).mean(0) / ((np.arange(64) + 10.0) ** -0.65)
+    assert variances.mean() == pytest.approx((1 / ((np.arange(64) + 10.0) ** -0.65).mean()) * np.exp(0.02), rel=0.1)
+    assert np.abs(variances / variances.mean() - 1).max() < 0.4  # few large groups leave their mark
+    wide = kmeans.synthetic(1000, 2048)
+    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+    nearest = (wide @ wide.T - 2 * np.eye(1000)).max(1)
+    assert np.median(nearest) == pytest.approx(0.25, abs=0.05)  # rows of one group share a quarter of the variance
+    shuffled = np.stack([np.random.default_rng(i).permutation(column) for i, column in enumerate(wide.T)], axis=1)
+    assert np.median((shuffled @ shuffled.T - 2 * np.eye(1000)).max(1)) < 0.15
+
+
+def test_every_run_is_measured_alike_and_the_page_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PLOTS", tmp_path)
+    rows = np.array([[0, 0], [0, 2], [9, 0], [9, 4]], dtype=np.float32)
+    found = kmeans.measure("ours", rows, 2, 0, "cpu")
+    assert found["inertia"] == 2 * 1 + 2 * 4
+    assert found["empty_clusters"] == 0
+    assert found["share_of_labels_nearest"] == 1
+    runs = [{**found, "rounds": 3, "seconds": 1.0}, {**found, "seed": 1, "rounds": 5, "seconds": 3.0}]
+    runs.append({**found, "name": "faiss-10", "rounds": 10, "inertia": 12.0})
+    content = {
+        "machine": {"cpu": "a chip", "packages": {"numpy": "2"}},
+        "matrix": {"model": "synthetic", "rows": 4, "width": 2, "k": 2},
+        "summary": kmeans.summarise(runs),
+        "runs": runs,
+    }
+    text = "\n".join(kmeans.page("kmeans-try", content))
+    assert "### synthetic, 4 x 2 -> 2 clusters" in text
+    assert "| LENS: greedy k-means++, until nothing moves | 2 | 3 to 5 | 2.00 (1.00 to 3.00) |" in text
+    assert "| faiss, 10 rounds | 1 | 10 |" in text
+    assert "| 12 | 1.200 |" in text
+    assert (tmp_path / "kmeans-try.svg").is_file()
+
+
+def test_on_a_gpu_only_what_can_run_there_is_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kmeans.chosen(False, "cpu") == list(kmeans.CONTENDERS)
+    assert not set(kmeans.LONG) & set(kmeans.chosen(True, "cpu"))
+    faiss = SimpleNamespace(get_num_gpus=lambda: 1)
+    monkeypatch.setitem(sys.modules, "faiss", faiss)
+    assert kmeans.chosen(True, "cuda") == ["ours", "ours-random", "faiss-10", "faiss-25"]
+    faiss.get_num_gpus = lambda: 0
+    assert kmeans.chosen(True, "cuda") == ["ours", "ours-random"]
+    assert "faiss sees no GPU" in capsys.readouterr().err
