@@ -26,6 +26,8 @@ def max_pool(rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequenc
 
     -inf for a text without rows. Gradients go to the first row that reaches the maximum.
     """
+    if not torch.is_grad_enabled():  # parameters want gradients even then, and the argmax takes as long as the maximum
+        return reduce_max(rows, weight, bias, lengths)[0]
     pooled: Tensor = _MaxLogits.apply(rows, weight, bias, tuple(lengths))  # type: ignore[no-untyped-call]
     return pooled
 

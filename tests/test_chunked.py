@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lens import chunked
 from lens.chunked import _blocks, max_pool, sum_pool
 from lens.head import lexical_pool
 
@@ -140,3 +141,18 @@ def test_embedding_bag_reads_only_active_clusters():
     weight.data[2] = torch.nan
     pooled.backward(torch.tensor([[1.0, 2.0, 0.0, 3.0]]))
     assert rows.grad.isfinite().all()
+
+
+def test_without_gradients_no_argmax_is_taken(monkeypatch):
+    *leaves, offsets = case([3, 5])
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    expected = lexical_pool(*leaves, cu_seqlens=offsets, backend="chunked")
+    taken = []
+    first = chunked._first
+    monkeypatch.setattr(chunked, "_first", lambda *arguments: taken.append(1) or first(*arguments))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(lexical_pool(*leaves, cu_seqlens=offsets, backend="chunked"), expected)
+    assert not taken
+    lexical_pool(*leaves, cu_seqlens=offsets, backend="chunked")
+    assert taken
