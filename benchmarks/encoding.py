@@ -8,7 +8,7 @@ cut at --length tokens for everybody. Two models of MiniLM's shape: MiniLM with 
 (transform drawn at random, rows its word embeddings), which sentence-transformers' SparseEncoder runs too, and MiniLM
 with 4,000 clusters, against its own dense embedding in SentenceTransformer. Vectors are compared before anything is
 timed. int8 multiplies in 8 bits; its cost in nDCG@10 is measured with --model, a trained artifact, on --judged
-folders. Beside them stands what the machine's matrix product allows. Writes benchmarks/results/encoding.json and a
+folders, and without them kept as it is stored. Beside them stands what the machine's matrix product allows. Writes benchmarks/results/encoding.json and a
 section of docs/performance.md.
 """
 
@@ -287,7 +287,11 @@ def main() -> None:
         return
     if not options.page:
         with tempfile.TemporaryDirectory() as folder:
-            write_json(options.output, measure(options, Path(folder)))
+            content = measure(options, Path(folder))
+        if "ndcg" not in content and options.output.is_file():
+            stored = read_json(options.output)
+            content |= {name: stored[name] for name in ("dimensions", "ndcg") if name in stored}
+        write_json(options.output, content)
     if options.output == FILE:
         write_section("encoding", page(json.loads(FILE.read_text(encoding="utf-8"))), PAGE)
 
