@@ -31,6 +31,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import lens
+import lens.dropped
 import lens.head
 import lens.int8
 from benchmarks import encoding, step
@@ -54,6 +55,9 @@ LABELLED = (
     (LexicalHead, "_pool_int8", POOLED),
     (lens.int8, "_quantised", QUANTISED),
     (TextProcessor, "__call__", TOKENISED),
+    (lens.dropped, "_attend", "where: attention"),
+    (lens.dropped, "draw", "where: dropout"),
+    (lens.dropped.Dropout, "forward", "where: dropout"),
 )
 PRODUCTS = {"mm", "addmm", "matmul", "linear", "addmm_", "qlinear_pointwise", "_embedding_bag"}
 ATTENDING = ("scaled_dot_product", "scaleddotproduct", "attn", "attention")
@@ -74,14 +78,15 @@ def kind_of(name: str, callers: Sequence[str]) -> str:
         return REST
     if QUANTISED in callers:
         return QUANTISE
+    names = [text.lower() for text in (name, *callers)]
+    if "bernoulli" in operation or any("dropout" in text for text in names):
+        return DROPOUT
+    if operation in WITHIN_ATTENTION or any(part in text for text in names for part in ATTENDING):
+        return ATTENTION
     if operation in PRODUCTS and not (operation == "_embedding_bag" and not pooled):
         return HEAD if pooled else LINEAR
     if pooled:
         return POOL
-    if "bernoulli" in operation or "dropout" in operation or any(caller.endswith("::dropout") for caller in callers):
-        return DROPOUT
-    if operation in WITHIN_ATTENTION or any(part in text.lower() for text in (name, *callers) for part in ATTENDING):
-        return ATTENTION
     return GELU if "gelu" in operation else OTHER
 
 

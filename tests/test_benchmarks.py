@@ -76,6 +76,8 @@ def test_flops_of_an_encoder_are_those_that_torch_counts() -> None:
         ("aten::bmm", ["BmmBackward0"], where.ATTENTION),
         ("aten::mul", ["ScaledDotProductFlashAttentionForCpuBackward0"], where.ATTENTION),
         ("aten::bernoulli_", ["aten::dropout", "aten::scaled_dot_product_attention"], where.DROPOUT),
+        ("aten::random_", ["where: dropout", "where: attention"], where.DROPOUT),
+        ("aten::masked_fill", ["where: attention", where.WHOLE], where.ATTENTION),
         ("aten::gelu_backward", ["GeluBackward0"], where.GELU),
         ("aten::native_layer_norm", ["aten::layer_norm"], where.OTHER),
         ("aten::embedding", [where.WHOLE], where.OTHER),
