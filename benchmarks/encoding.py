@@ -8,8 +8,8 @@ cut at --length tokens for everybody. Two models of MiniLM's shape: MiniLM with 
 (transform drawn at random, rows its word embeddings), which sentence-transformers' SparseEncoder runs too, and MiniLM
 with 4,000 clusters, against its own dense embedding in SentenceTransformer. Vectors are compared before anything is
 timed. int8 multiplies in 8 bits; its cost in nDCG@10 is measured with --model, a trained artifact, on --judged
-folders, and without them kept as it is stored. Beside them stands what the machine's matrix product allows. Writes benchmarks/results/encoding.json and a
-section of docs/performance.md.
+folders, and without them kept as it is stored. Beside them stands what the machine's matrix product allows. Writes
+benchmarks/results/encoding.json and a section of docs/performance.md.
 """
 
 from __future__ import annotations
