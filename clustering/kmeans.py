@@ -115,7 +115,6 @@ def kmeans(
     rows = np.ascontiguousarray(points, dtype=np.float32) + 0.0  # a copy, in which -0.0 is 0.0
     if not np.isfinite(rows).all():
         raise ValueError("points hold NaN or infinite values: repair or leave out those rows")
-    lengths = np.linalg.norm(rows, axis=1)
     scaled = _unit(rows) if spherical else rows
     distinct, inverse, counts = _distinct(scaled)
     if len(distinct) < k:
@@ -137,6 +136,7 @@ def kmeans(
     centroids = cluster_means(scaled, labels, k)
     inertia = sum_of_squares(scaled, labels, _unit(centroids) if spherical else centroids)
     if spherical:
+        lengths = np.linalg.norm(rows, axis=1)
         mean_length = np.bincount(labels, lengths, minlength=k) / np.bincount(labels, minlength=k)
         centroids = _unit(centroids) * mean_length[:, None]
     ran = ran if algorithm == "lloyd" else iterations
