@@ -1,15 +1,16 @@
 """Encoding real texts of mixed length: ours against sentence-transformers, on the same weights.
 
     python benchmarks/encoding.py --beir DIR [DIR ...]      # CPU, about fifteen minutes on two cores
+    python benchmarks/encoding.py --model DIR [DIR ...] --judged DIR [DIR ...]      # what int8 costs, no more
     python benchmarks/encoding.py --page                    # writes the page from the stored figures
 
 A third of the texts are queries, the rest documents, taken evenly from the folders (BEIR layout) in a fixed order and
 cut at --length tokens for everybody. Two models of MiniLM's shape: MiniLM with an MLM head of its 30,522 words
 (transform drawn at random, rows its word embeddings), which sentence-transformers' SparseEncoder runs too, and MiniLM
 with 4,000 clusters, against its own dense embedding in SentenceTransformer. Vectors are compared before anything is
-timed. int8 multiplies in 8 bits; its cost in nDCG@10 is measured with --model, a trained artifact, on --judged
-folders, and without them kept as it is stored. Beside them stands what the machine's matrix product allows. Writes
-benchmarks/results/encoding.json and a section of docs/performance.md.
+timed. int8 multiplies in 8 bits; its cost in nDCG@10 is measured on artifacts that can rank, which these are not for
+lack of training. Beside them stands what the machine's matrix product allows. Writes benchmarks/results/encoding.json
+and a section of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -211,10 +212,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     content["seconds"] = in_turn(runs, options.rounds)
     content["utilisation"] = utilisation(folder, texts, options.rounds)
     content["memory_mb"] = {name: memory(name, folder, options) for name in loaded}
-    if options.model and options.judged:
-        content["dimensions"] = read_json(options.model / "lens.json")["dimensions"]
-        content["ndcg"] = judged(options.model.resolve(), [path.resolve() for path in options.judged])
     return content
+
+
+def stored(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the output file, nothing where there is none."""
+    return read_json(options.output) if options.output.is_file() else {}
 
 
 def page(content: dict[str, Any]) -> list[str]:
@@ -254,13 +257,16 @@ def page(content: dict[str, Any]) -> list[str]:
     if "ndcg" in content:
         lines += [
             "",
-            f"What int8 costs, nDCG@10 of a trained model with {content['dimensions']:,} clusters:",
+            "What int8 costs, nDCG@10 of models that can rank, by the number of rows of their heads:",
             "",
-            "| | float32 | int8 |",
-            "| --- | ---: | ---: |",
+            "| rows | | float32 | int8 | difference |",
+            "| ---: | --- | ---: | ---: | ---: |",
         ]
-        for name, scores in content["ndcg"].items():
-            lines.append(f"| {name} | {scores['float32']:.4f} | {scores['int8']:.4f} |")
+        for rows, found in content["ndcg"].items():
+            for name, scores in found.items():
+                change = scores["int8"] - scores["float32"]
+                figures = f"{scores['float32']:.4f} | {scores['int8']:.4f} | {change:+.4f}"
+                lines.append(f"| {int(rows):,} | {name} | {figures} |")
     return lines
 
 
@@ -271,14 +277,16 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=550, help="(default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens at most (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each, in turn (default: %(default)s)")
-    parser.add_argument("--model", type=Path, help="trained artifact, for what int8 costs")
+    parser.add_argument("--model", type=Path, nargs="+", help="artifacts that rank, for what int8 costs")
     parser.add_argument("--judged", type=Path, nargs="+", help="folders with judgements, for what int8 costs")
     parser.add_argument("--output", type=Path, default=FILE, help="JSON file to write (default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="write the page from stored figures, no more")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.page and not options.beir:
-        parser.error("give --beir, or --page")
+    if not options.page and not options.beir and not options.model:
+        parser.error("give --beir, --model, or --page")
+    if bool(options.model) != bool(options.judged):
+        parser.error("--model and --judged go together")
     if options.one:
         encode = contenders(Path(options.one[1]), options.length)[options.one[0]]()
         texts = take(options.beir, options.texts)
@@ -287,10 +295,10 @@ def main() -> None:
         return
     if not options.page:
         with tempfile.TemporaryDirectory() as folder:
-            content = measure(options, Path(folder))
-        if "ndcg" not in content and options.output.is_file():
-            stored = read_json(options.output)
-            content |= {name: stored[name] for name in ("dimensions", "ndcg") if name in stored}
+            content = stored(options) | (measure(options, Path(folder)) if options.beir else {})
+        for model in options.model or []:
+            scores = judged(model.resolve(), [path.resolve() for path in options.judged])
+            content.setdefault("ndcg", {})[str(read_json(model / "lens.json")["dimensions"])] = scores
         write_json(options.output, content)
     if options.output == FILE:
         write_section("encoding", page(json.loads(FILE.read_text(encoding="utf-8"))), PAGE)
