@@ -4,10 +4,9 @@
     python benchmarks/compiled.py --page                    # writes the page from the stored figures
 
 Each way runs in a process of its own with an empty cache of compiled code, on texts taken as benchmarks/encoding.py
-takes them: `eager`; `dynamic`, layers compiled for any shape as `compile=True` does it; `bucketed`, layers compiled for
-the shapes of one full batch, with each batch filled up to it by texts that nobody pools and by texts without tokens.
-The first pass holds the compiling, later ones are over other texts. Vectors are compared before anything is believed.
-Writes benchmarks/results/compiled.json and a section of docs/performance.md.
+takes them: `eager`, and `dynamic`, layers compiled for any shape as `compile=True` does it. The first pass holds the
+compiling, later ones are over other texts. Vectors are compared before anything is believed. Writes
+benchmarks/results/compiled.json and a section of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,19 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 import lens
 from benchmarks.encoding import take
 from benchmarks.kmeans import minilm
 from benchmarks.measure import PAGE, load
 from benchmarks.page import RESULTS, listed, machine, versions, write_section
-from lens.attention import compile_layers, layer_lists
+from lens.attention import compile_layers
 from lens.files import read_json, write_json
-from lens.text import PackedBatch
 
 FILE = RESULTS / "compiled.json"
-WAYS = ("eager", "dynamic", "bucketed")
+WAYS = ("eager", "dynamic")
 COUNTS = (550, 5000, 50_000)
 BUDGET = 2048  # tokens of a batch
 CLUSTERS = 4000
@@ -58,37 +55,12 @@ def build(folder: Path, length: int) -> lens.LENS:
     )
 
 
-def bucket(model: lens.LENS) -> None:
-    """Has every batch come in the shapes of a full one, for which the layers are compiled."""
-    pack, forward, counts = model.text.pack, model.model.forward, []
-
-    def filled(tokens: Any) -> PackedBatch:
-        batch = pack(tokens)
-        counts.append(len(tokens))
-        rest, limit = BUDGET - len(batch.input_ids), model.config.document_max_length
-        starts = torch.arange(BUDGET - rest, BUDGET, limit)[1:]
-        offsets = torch.cat([batch.cu_seqlens, starts])
-        offsets = F.pad(offsets, (0, BUDGET + 1 - len(offsets)), value=BUDGET)
-        ids = F.pad(batch.input_ids, (0, rest), value=model.text.pad_id)
-        return PackedBatch(ids, offsets, F.pad(batch.pool_mask, (0, rest)), limit)
-
-    def cut(**inputs: Any) -> torch.Tensor:
-        return forward(**inputs)[: counts.pop(0)]
-
-    model.text.pack = filled  # type: ignore[method-assign]
-    model.model.forward = cut  # type: ignore[method-assign]
-    for layer in layer_lists(model.model.backbone)[0]:
-        layer.compile(dynamic=False)
-
-
 def one(way: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of one way in this process: the first pass, then each of the others."""
     model = build(folder / way, options.length)
     model.encode(["to warm up what is not compiled"] * 8, batch_tokens=BUDGET)
     if way == "dynamic":
         compile_layers(model.model.backbone, model.device)
-    elif way == "bucketed":
-        bucket(model)
     texts = take(options.beir, options.texts * (options.rounds + 1))
     seconds = []
     for number in range(options.rounds + 1):

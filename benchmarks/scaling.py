@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import lens
+import train.loss
 from benchmarks import encoding, step
 from benchmarks.kmeans import minilm
 from benchmarks.measure import PAGE, in_turn, load, peak, spread
@@ -68,6 +69,7 @@ def prefixes(lengths: Sequence[int], sizes: Sequence[int]) -> list[int]:
 def in_own_process(options: argparse.Namespace, *arguments: str) -> float:
     """What `--one ARGUMENTS` prints: MB beyond the loaded model."""
     command = [sys.executable, __file__, "--beir", *map(str, options.beir), "--texts", str(options.texts)]
+    command += ["--length", str(options.length), "--tokens", *map(str, options.tokens)]
     done = subprocess.run([*command, "--one", *arguments], check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.splitlines()[-1])
 
@@ -95,23 +97,24 @@ def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def with_clusters(folder: Path, count: int) -> lens.LENS:
-    """MiniLM with so many random centroids, or with none for 0."""
+def with_clusters(folder: Path, count: int, length: int) -> lens.LENS:
+    """MiniLM with so many random centroids, or with none for 0, for texts of `length` tokens at most."""
+    lengths = {"query_max_length": length, "document_max_length": length}
     if not count:
-        return lens.LENS.build(minilm(), device="cpu", head="dense", pooling="last")
+        return lens.LENS.build(minilm(), device="cpu", head="dense", pooling="last", **lengths)
     place = folder / f"random-{count}"
     if not place.exists():
         place.mkdir()
         rows = torch.randn(count, 384, generator=torch.Generator().manual_seed(0)) / 384**0.5
         labels = torch.arange(30522, dtype=torch.int32) % count
         save_file({"centroids": rows, "labels": labels}, place / "clusters.safetensors")
-    return lens.LENS.build(minilm(), place, device="cpu", transform="context")
+    return lens.LENS.build(minilm(), place, device="cpu", transform="context", **lengths)
 
 
 def clusters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds and MB of an encode against K, and seconds of its backbone alone."""
     texts, counted = some_texts(options)
-    models = {count: with_clusters(folder, count) for count in (0, *options.clusters)}
+    models = {count: with_clusters(folder, count, options.length) for count in (0, *options.clusters)}
     runs = {str(count): functools.partial(model.encode, texts, show_progress=False) for count, model in models.items()}
     seconds = in_turn(runs, options.rounds)
     return {
@@ -128,7 +131,7 @@ def clusters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def some_texts(options: argparse.Namespace) -> tuple[list[str], int]:
     """Texts of a quarter of the most tokens, and the tokens that they have."""
     texts = encoding.take(options.beir, options.texts)
-    lengths = [len(item.ids) for item in with_clusters(Path(), 0).text(texts)]
+    lengths = [len(item.ids) for item in with_clusters(Path(), 0, options.length).text(texts)]
     count = prefixes(lengths, [max(options.tokens) // 4])[0]
     return texts[:count], sum(lengths[:count])
 
@@ -141,7 +144,7 @@ def one(options: argparse.Namespace, part: str, folder: Path, *arguments: str) -
         encode = encoding.contenders(folder, options.length)[name]()
     else:
         texts, _ = some_texts(options)
-        encode = functools.partial(with_clusters(folder, int(arguments[0])).encode, show_progress=False)
+        encode = functools.partial(with_clusters(folder, int(arguments[0]), options.length).encode, show_progress=False)
     encode(texts[:2])
     return peak(lambda: encode(texts))
 
@@ -229,6 +232,8 @@ def rank(options: argparse.Namespace, folder: Path, apart: bool) -> list[float]:
     """Seconds of steps of AdamW on this rank, from when all ranks are ready until all are done."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    if apart:  # each rank's negatives are then its own
+        train.loss.gather = lambda rows: rows
     encoder = lens.load(folder / "lens-clusters", device="cpu")
     model: Any = QueryPassageModel(encoder.model).train()
     model.requires_grad_(True)
@@ -245,7 +250,7 @@ def rank(options: argparse.Namespace, folder: Path, apart: bool) -> list[float]:
 
     def run() -> None:
         queries, passages = model(*inputs)
-        loss = contrastive_loss(queries, passages[order], None, 0.05, 0.0, 1.0, in_batch=not apart)
+        loss = contrastive_loss(queries, passages[order], None, 0.05, 0.0, 1.0, in_batch=True)
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
@@ -318,6 +323,8 @@ def main() -> None:
         return
     if not options.page and not (options.beir and options.judged):
         parser.error("give --beir and --judged, or --page")
+    if options.ranks[0] != 1:
+        parser.error("--ranks must begin with 1, which the others are compared with")
     if not options.page:
         write_json(options.output, measure(options, read_json(options.output) if options.output.is_file() else {}))
     if options.output == FILE:

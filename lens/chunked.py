@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 _BLOCK = (1024, 512)  # rows x clusters: 2 MB of float32, which stays in the second-level caches of two cores
 _GPU_BLOCK = (8192, 2048)
-_ENTRIES = 1 << 19  # gradients of maxima that the backward pass takes at a time
+_ENTRIES = 1 << 17  # gradients of maxima that the backward pass takes at a time
 
 
 def max_pool(rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:
@@ -219,6 +219,7 @@ class _MaxLogits(torch.autograd.Function):
 
 def _row_gradient(gradient: Tensor, argmax: Tensor, weight: Tensor, lengths: Sequence[int]) -> Tensor:
     """(T, D) float32 of gradient and argmax (B, K), a few texts at a time."""
+    weight = weight.float()
     out = torch.empty(sum(lengths), weight.shape[1], device=weight.device)
     height = max(_ENTRIES // max(len(weight), 1), 1)
     end = 0
@@ -234,7 +235,7 @@ def _row_gradient(gradient: Tensor, argmax: Tensor, weight: Tensor, lengths: Seq
 
 def _weight_gradient(gradient: Tensor, argmax: Tensor, rows: Tensor) -> Tensor:
     """(K, D) float32 of gradient and argmax (B, K), a few clusters at a time."""
-    count = gradient.shape[1]
+    count, rows = gradient.shape[1], rows.float()
     out = torch.empty(count, rows.shape[1], device=rows.device)
     width = max(_ENTRIES // max(len(gradient), 1), 1)
     for first in range(0, count, width):
@@ -260,11 +261,12 @@ def _first(block: Tensor, best: Tensor, memory: Tensor, countdown: Tensor) -> Te
 
 
 def _bags(table: Tensor, index: Tensor, bag: Tensor, scale: Tensor, count: int) -> Tensor:
-    """out[b] = sum of scale[j] * table[index[j]] over the j with bag[j] = b, for rising `bag`; (count, D) float32."""
+    """out[b] = sum of scale[j] * table[index[j]] over the j with bag[j] = b, for rising `bag`: (count, D) float32, as the
+    table is."""
     if len(index) == 0:
         return torch.zeros(count, table.shape[1], device=table.device)
     offsets = torch.searchsorted(bag, torch.arange(count, device=bag.device, dtype=bag.dtype))
-    return F.embedding_bag(index, table.float(), offsets, mode="sum", per_sample_weights=scale.float())
+    return F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=scale.float())
 
 
 class _SumWeights(torch.autograd.Function):

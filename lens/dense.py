@@ -73,7 +73,9 @@ class Dense:
             offsets = F.pad(lengths.cumsum(0), (1, 0))
             ids = torch.tensor([token for text in tokens for token in text], dtype=torch.long, device=self._device)
             states = packed_states(self._model, ids, offsets, [len(text) for text in tokens])  # (T, D)
-            sums = torch.segment_reduce(states.float(), "sum", offsets=offsets)
+            owner = torch.repeat_interleave(lengths, output_size=len(states))  # (T,)
+            sums = states.new_zeros(len(tokens), states.shape[1], dtype=torch.float32)
+            sums.index_add_(0, owner, states.float())
         else:
             batch = self._tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self._device)
             hidden = hidden_states(self._model, batch["input_ids"], batch["attention_mask"]).float()  # (B, L, D)

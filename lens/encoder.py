@@ -44,9 +44,13 @@ def _budget(device: torch.device, batch_tokens: int | None) -> int:
     return batch_tokens or _BATCH_TOKENS.get(device.type, 1 << 12)
 
 
-def _first(device: Devices) -> torch.device:
-    """The device, or the first of several, onto which a model is read; raises ValueError for one that is not there."""
-    several = [device] if device is None or isinstance(device, str | torch.device) else list(device)
+def _first(device: Devices, quantization: str | None = None) -> torch.device:
+    """The device, or the first of several, onto which a model is read; raises ValueError for one that is not there, and
+    for several with a backbone in 4 or 8 bits."""
+    one = device is None or isinstance(device, str | torch.device)
+    if not one and quantization not in (None, "int8"):
+        raise ValueError(f"quantization={quantization!r} works on one device only: name one, or leave quantization out")
+    several = [device] if one else list(device)  # type: ignore[arg-type]
     devices = [resolve_device(name) for name in several]
     if not devices:
         raise ValueError("no device is named: give one, or a list such as ['cuda:0', 'cuda:1']")
@@ -119,7 +123,7 @@ class LENS:
         `lens.load`; `config` takes fields of LensConfig. Raises FileNotFoundError, or ValueError naming the field or
         the file.
         """
-        where = _first(device)
+        where = _first(device, quantization)
         kind = resolve_dtype(dtype, where, attn_implementation)
         model, tokenizer = build_model(
             os.fspath(backbone), clusters, kind, attn_implementation, whiten, where, quantization, **config
@@ -350,7 +354,7 @@ def load(
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
     docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
-    where = _first(device)
+    where = _first(device, quantization)
     if compat not in (None, "official"):
         raise ValueError(f"compat must be 'official' or None; found {compat!r}")
     kind = resolve_dtype(dtype, where, attn_implementation)

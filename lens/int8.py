@@ -8,6 +8,7 @@ does not depend on the texts beside it. For encoding only: nothing is differenti
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,12 @@ from lens.chunked import Blocks, block_size
 
 # Legend: T tokens, I and O inputs and outputs of a linear layer, D hidden size, K clusters.
 
+_SIBLINGS = (  # linear layers of one module that take the same input
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+)
 _ROWS = 512  # tokens quantised and multiplied at a time, so that they stay in the cache
 
 
@@ -68,10 +75,42 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.view(torch.uint8).add_(top + 1), scales  # modulo 256
 
 
+Blocked = list[tuple[slice, Tensor, Tensor]]  # of at most _ROWS tokens: which, in int8, and their scales
+
+
+class _Shared:
+    """An input's tokens, quantised for the first of `count` layers that take it and kept for the others."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.kept: tuple[weakref.ref[Tensor], Blocked, list[int]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": self.count, "kept": None}
+
+    def __call__(self, x: Tensor) -> Blocked:
+        kept = self.kept  # read once: another thread may be using the model
+        if kept is None or kept[0]() is not x:
+            kept = self.kept = weakref.ref(x), list(_blocks(x)), []
+        kept[2].append(1)
+        if len(kept[2]) == self.count:
+            self.kept = None
+        return kept[1]
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    rows = x.reshape(-1, x.shape[-1])
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        yield part, *_quantised(rows[part])
+
+
 class Int8Linear(nn.Module):
     """x (..., I) float32 -> x W^T + b (..., O) float32, multiplied in 8 bits."""
 
     bias: Tensor
+    shared: _Shared | None = None
+    """What layers that take the same input, as query, key and value do, have in common."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -82,11 +121,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, a block of tokens at a time."""
-        rows = x.reshape(-1, self.in_features)
-        out = rows.new_empty(len(rows), self.out_features)
-        for start in range(0, len(rows), _ROWS):
-            part = slice(start, start + _ROWS)
-            tokens, scales = _quantised(rows[part])
+        out = x.new_empty(x.shape[:-1].numel(), self.out_features)
+        for part, tokens, scales in _blocks(x) if self.shared is None else self.shared(x):
             torch.addcmul(self.bias, self.packed(tokens), scales, out=out[part])
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -137,6 +173,13 @@ def quantize(model: Any) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, Int8Linear(child))
+    for module in model.backbone.modules():
+        for names in _SIBLINGS:
+            layers = [getattr(module, name, None) for name in names]
+            if all(isinstance(layer, Int8Linear) for layer in layers):
+                shared = _Shared(len(layers))
+                for layer in layers:
+                    layer.shared = shared
     model.head.quantize()
 
 

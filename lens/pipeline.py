@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from lens.text import Kind, TextProcessor, Tokens, token_batches
 # Legend: B texts of a batch, K clusters.
 
 BLOCK = 4096
-"""Texts that are tokenised, and sorted by length, together: from 512 on sorting more at once saved no time."""
+"""Texts that are tokenised, and sorted by length, together: on a CPU, sorting more than 512 at once saved no time."""
 
 T = TypeVar("T")
 Batch = tuple[list[int], list[Tokens]]  # which texts of the whole list, and their tokens
@@ -63,7 +63,7 @@ def prepare(text: TextProcessor, batches: Iterable[Batch], packed: bool, device:
     def send(batch: Batch) -> Prepared:
         rows, tokens = batch
         laid_out = text.pack(tokens) if packed else text.collate(tokens)
-        with torch.cuda.stream(stream):  # None: nothing changes
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             return rows, laid_out.inputs(device)
 
     def sent() -> Generator[Prepared]:

@@ -190,7 +190,7 @@ class TextProcessor:
         for row, item in enumerate(tokens):
             input_ids[row, : len(item.ids)] = torch.tensor(item.ids)
             attention_mask[row, : len(item.ids)] = 1
-        starts = range(0, width * len(tokens), width)
+        starts = [row * width for row in range(len(tokens))]
         return Batch(input_ids, attention_mask, *pooled_places([(item.start, item.end) for item in tokens], starts))
 
     def pack(self, tokens: Sequence[Tokens]) -> PackedBatch:

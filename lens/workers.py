@@ -175,15 +175,16 @@ def _as_error(device: torch.device, name: str, message: str, trace: str) -> Exce
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Ctrl-C is not heard here, nor by processes started here, not even while they import; their parent ends them."""
-    if threading.current_thread() is not threading.main_thread():
+    """Ctrl-C waits here until the end, and processes started here never hear it, not even while they import: their
+    parent ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(connections: list[Connection], processes: list[Any]) -> None:

@@ -156,3 +156,30 @@ def test_without_gradients_no_argmax_is_taken(monkeypatch):
     assert not taken
     lexical_pool(*leaves, cu_seqlens=offsets, backend="chunked")
     assert taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_pieces_are_those_in_one(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 0, 5, 1, 0, 0, 4, 2, 0]
+    rows = torch.randn(sum(lengths), 6, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(11, 6, generator=generator).to(dtype).requires_grad_()
+    scale = torch.randn(len(lengths), 11, generator=generator)
+    found = []
+    for entries in (1, 22, 30, 1 << 20):
+        monkeypatch.setattr(chunked, "_ENTRIES", entries)
+        values = chunked.max_pool(rows, weight, None, lengths)
+        found.append(torch.autograd.grad((values.clamp(min=-9) * scale).sum(), (rows, weight)))
+    expected = torch.autograd.grad(
+        sum(
+            (text.amax(0).float() * scale[number]).sum()
+            for number, text in enumerate(torch.split(rows @ weight.T, lengths))
+            if len(text)
+        ),
+        (rows, weight),
+    )
+    for gradients in found:
+        torch.testing.assert_close(gradients, found[-1], rtol=0, atol=0)
+        torch.testing.assert_close(
+            gradients, expected, **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05})
+        )

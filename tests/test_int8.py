@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import lens
 from lens.chunked import reduce_max
-from lens.int8 import Int8Linear, Int8Rows, _top, is_int8
+from lens.int8 import Int8Linear, Int8Rows, _Shared, _top, is_int8
 from tests.conftest import SENTENCES
 
 
@@ -114,3 +115,37 @@ def test_no_rows_and_all_zero_rows():
 def test_other_dtypes_are_refused(options, tmp_path):
     with pytest.raises(ValueError, match="int8' is for a CPU in float32"):
         lens.load(tmp_path, device="cpu", quantization="int8", **options)
+
+
+@pytest.mark.parametrize("folder", ["bert", "mistral"])
+def test_query_key_and_value_quantise_their_input_once(folder, request, monkeypatch):
+    path, clusters = request.getfixturevalue(folder), request.getfixturevalue(f"{folder}_clusters")
+    model = lens.LENS.build(path, clusters, device="cpu", packed=False)
+    lens.int8.quantize(model.model)
+    layers = [module for module in model.model.backbone.modules() if isinstance(module, Int8Linear)]
+    assert sum(layer.shared is not None for layer in layers) == {"bert": 3, "mistral": 5}[folder] * 2
+    counted, quantised = [], lens.int8._quantised
+    monkeypatch.setattr("lens.int8._quantised", lambda x: counted.append(len(x)) or quantised(x))
+    found = model.encode(SENTENCES)
+    shared = len(counted)
+    counted.clear()
+    for layer in layers:
+        layer.shared = None
+    assert np.array_equal(model.encode(SENTENCES), found)
+    saved = {"bert": 2, "mistral": 3}[folder] * 2  # in each of two layers
+    assert len(counted) - shared == saved
+    copy = pickle.loads(pickle.dumps(_Shared(3)))
+    assert (copy.kept, copy.count) == (None, 3)
+
+
+def test_other_inputs_are_never_taken_for_the_shared_one():
+    shared, linear = _Shared(3), nn.Linear(8, 5)
+    layers = [Int8Linear(linear) for _ in range(3)]
+    alone = Int8Linear(linear)
+    for layer in layers:
+        layer.shared = shared
+    for number in range(4):
+        first, second = torch.randn(4, 8), torch.randn(4, 8)
+        for layer, x in zip(layers, (first, second, first) if number % 2 else (first, first, first), strict=True):
+            assert torch.equal(layer(x), alone(x))
+        assert number % 2 or shared.kept is None

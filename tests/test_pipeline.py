@@ -203,3 +203,21 @@ def test_on_a_gpu(model, bert, bert_clusters, monkeypatch):
             for output in ("numpy", "torch"):
                 found = other.encode(texts, output=output, batch_tokens=60)
                 np.testing.assert_allclose(np.asarray(found), model.encode(texts), atol=near)
+
+
+def test_a_cpu_never_touches_cuda_or_mps(model, monkeypatch):
+    expected = model.encode(SENTENCES)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: pytest.fail("a stream on a CPU"))
+    assert np.array_equal(model.encode(SENTENCES), expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_texts_without_any_token_get_zeros(packed, bert, bert_clusters, monkeypatch):
+    model = lens.LENS.build(bert, bert_clusters, device="cpu", packed=packed)
+    model.text.prefix, model.text.suffix = [], []
+    assert not model.encode(["", ""]).any()
+    for budget in (1, 100):
+        found = model.encode(["", SENTENCES[0]], batch_tokens=budget)
+        assert not found[0].any()
+        np.testing.assert_allclose(found[1], model.encode([SENTENCES[0]])[0], atol=1e-6)

@@ -153,7 +153,7 @@ def test_random_numbers_of_the_device_are_kept_for_the_second_pass(step_of, mist
         patch.setattr(torch.utils.checkpoint, "get_device_states", spy)
         with contextlib.suppress(Exception):  # there is no such device here
             step_of(mistral, mistral_clusters, 60, **LORA)
-    assert len(seen) >= 3  # ids, attention mask, pool mask
+    assert len(seen) >= 3  # ids, attention mask, places of pooled tokens
 
 
 def test_a_batch_keeps_the_activations_of_its_last_mini_batch_alone(step_of, mistral, mistral_clusters, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from test_step import examples
 from torch.utils._pytree import tree_map
 
@@ -18,6 +19,7 @@ from train.build import build
 from train.config import Recipe
 from train.data import Batches
 from train.loss import contrastive_loss
+from train.progress import Stopping
 from train.sampler import Schedule
 from train.step import QueryPassageModel
 from train.watch import Watch
@@ -66,6 +68,44 @@ def test_a_training_step_never_waits(folder, budget, request, triton):
         watch.count(loss, queries.detach(), passages.detach(), batch)
     assert loss.total.device == META
     assert all(p.grad is not None and p.grad.device == META for p in wrapped.parameters() if p.requires_grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [None, 60])
+def test_a_step_on_a_gpu_never_waits(budget, mistral, mistral_clusters, monkeypatch):
+    device = torch.device("cuda")
+    recipe = Recipe(
+        base=str(mistral), data=("none",), output="none", clusters=str(mistral_clusters), batch_size=6, group_size=3,
+        backbone="lora", lora_r=4, train_head=True, device="cuda", precision="bf16",
+    )  # fmt: skip
+    model, tokenizer = build(recipe)
+    packing_limit(model.backbone)
+    text = TextProcessor(tokenizer, model.config)
+    batch = Batches([examples()], Schedule([6], 6, 1, 1), text, 3, mini_batch_tokens=budget, packed=True)[0]
+    pinned = tree_map(lambda value: value.pin_memory() if isinstance(value, torch.Tensor) else value, batch)
+    wrapped = QueryPassageModel(model).to(device).train()
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
+    watch, stopping = Watch(wrapped), Stopping()
+    monkeypatch.setattr("train.progress.dist.all_reduce", lambda *_: None)
+
+    def step():
+        inputs = send_to_device(pinned, device, non_blocking=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            queries, passages = wrapped(inputs["queries"], inputs["passages"], inputs["mini_batches"])
+            loss = contrastive_loss(queries, passages, inputs["teacher"], 0.1, 0.5, 1.0, True, keys=inputs["keys"])
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.count(loss, queries.detach(), passages.detach(), inputs)
+        stopping._asked_anywhere(device)
+
+    step()  # compiles and tunes
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

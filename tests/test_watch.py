@@ -154,3 +154,21 @@ def test_bad_evaluation_folders_are_named_first(empty, mistral, mistral_clusters
     assert train([empty, *arguments, "--eval_data", str(folder)]) == 2
     assert "no judgement is above 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_share_of_time_that_batches_were_waited_for(model, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("train.watch.time.perf_counter", lambda: clock[0])
+    watch = Watch(QueryPassageModel(model.model))
+    nothing = torch.zeros(())
+    loss, rows = Loss(nothing, nothing, nothing, nothing), torch.ones(2, 3)
+    clock[0] = 200.0  # set up, before the first batch is asked for
+    shares = []
+    for waits in ((2.0, 1.0), (4.0, 0.0)):
+        for wait in waits:
+            clock[0] += wait
+            watch.wait(wait)
+            clock[0] += 3.0  # the step
+            watch.count(loss, rows, rows, {"passages": inputs_of(model), "mini_batches": None})
+        shares.append(watch.figures()["data_wait"])
+    assert shares == pytest.approx([3 / 9, 4 / 10])

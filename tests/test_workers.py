@@ -85,7 +85,7 @@ def test_all_workers_get_chunks(model, pool, small_chunks, monkeypatch):
     assert sorted(sent[:4]) == [0, 0, 1, 1]  # two each at the start
 
 
-def count_threads(hidden, pool_mask=None, cu_seqlens=None):
+def count_threads(hidden, mask=None, cu_seqlens=None):
     texts = len(hidden) if cu_seqlens is None else len(cu_seqlens) - 1
     return torch.full((texts, 24), float(torch.get_num_threads()))
 
@@ -282,3 +282,8 @@ def test_on_gpus(tmp_path):
     devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     with expected.start_multi_process_pool(devices) as pool:
         np.testing.assert_allclose(expected.encode(TEXTS, pool=pool), expected.encode(TEXTS), atol=1e-4)
+
+
+def test_several_devices_and_bits_are_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="quantization='4bit' works on one device only"):
+        lens.load("nowhere", device=["cpu", "cpu"], quantization="4bit")

@@ -107,8 +107,8 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
     def _asked_anywhere(self, device: torch.device) -> bool:
         """Whether any rank had been asked by the end of the step before this one.
 
-        The signal reaches the ranks at different steps, but all must stop after the same one, so they add up what they
-        know. The sum is read a step later, when it has long arrived: no step waits for a GPU.
+        The signal reaches the ranks at different steps, but all must stop after the same one, so they ask each
+        other. The answer is read a step later, when it has long arrived: no step waits for a GPU.
         """
         before = self._agreed
         asked = torch.full((), int(self.asked), dtype=torch.int32, device=device)

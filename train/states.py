@@ -107,7 +107,7 @@ def compute_states(
         path.parent.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
         states = np.memmap(path, dtype=np.float16, mode="w+", shape=(max(sum(lengths), 1), width))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        starts = np.concatenate([[0], np.cumsum(lengths)])
         device = next(model.backbone.parameters()).device
         model.eval()
         rows = [i for i in range(len(tokens)) if lengths[i]]
@@ -119,7 +119,7 @@ def compute_states(
                     found = text_states[slice(*kept[i])]
                     if not bool(torch.isfinite(found).all()):
                         raise ValueError("hidden states exceed float16 (65504): train with cache_hidden: false")
-                    states[offsets[i] : offsets[i + 1]] = found.numpy()
+                    states[starts[i] : starts[i + 1]] = found.numpy()
                 bar.update(len(part))
         states.flush()
         del states

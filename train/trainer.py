@@ -88,8 +88,8 @@ class LensTrainer(Trainer):
         return samples
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """The batch on the device; from pinned memory it is copied while the host goes on."""
-        return send_to_device(inputs, self.args.device, non_blocking=True)
+        """The batch on the device, in the dtypes it has; a GPU copies it from pinned memory while the host goes on."""
+        return send_to_device(inputs, self.args.device, non_blocking=self.args.device.type == "cuda")
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -26,9 +26,10 @@ class Watch:
         self.model = model
         self.warned: set[str] = set()
         self._reset()
+        self._since: float | None = None
 
     def _reset(self) -> None:
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._waited = 0.0
         self._sums: dict[str, Tensor] = {}
         self._active: Tensor | None = None  # (K,) passages in which each cluster was active
         self._steps = self._passages = 0
@@ -57,6 +58,8 @@ class Watch:
 
     def wait(self, seconds: float) -> None:
         """Takes in what the process waited for a batch."""
+        if self._since is None:  # time counts from the first batch on
+            self._since = time.perf_counter() - seconds
         self._waited += seconds
 
     def figures(self) -> dict[str, float]:
@@ -72,7 +75,8 @@ class Watch:
             return {}
         values = torch.stack([value.float() for value in self._sums.values()]) / self._steps
         first, last = maxima_at_ends(self.model, sample_of(self._inputs))
-        waited = torch.full_like(first, self._waited / max(time.perf_counter() - self._since, 1e-9))
+        now = time.perf_counter()
+        waited = torch.full_like(first, self._waited / max(now - (self._since or now), 1e-9))
         totals = torch.cat([values, torch.stack([first, last, waited])])
         active, passages = self._active, self._passages
         if dist.is_available() and dist.is_initialized():
@@ -84,6 +88,7 @@ class Watch:
         figures["dead_clusters"] = float((active == 0).float().mean())
         figures["always_on_clusters"] = float((active == passages).float().mean())
         self._reset()
+        self._since = now
         return figures
 
     def warnings(self, figures: dict[str, float]) -> list[str]:
