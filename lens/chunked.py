@@ -261,7 +261,7 @@ def _first(block: Tensor, best: Tensor, memory: Tensor, countdown: Tensor) -> Te
 
 
 def _bags(table: Tensor, index: Tensor, bag: Tensor, scale: Tensor, count: int) -> Tensor:
-    """out[b] = sum of scale[j] * table[index[j]] over the j with bag[j] = b, for rising `bag`: (count, D) float32, as the
+    """out[b] = sum of scale[j] * table[index[j]] over j with bag[j] = b, for rising `bag`: (count, D) float32, as the
     table is."""
     if len(index) == 0:
         return torch.zeros(count, table.shape[1], device=table.device)
