@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -232,8 +232,8 @@ def check_attention(backbone: nn.Module, bidirectional: bool) -> None:
 def hidden_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states (B, L, D) of ids (B, L) under mask (B, L); padding may be on either side."""
     if input_ids.numel() == 0:  # texts without any token
-        weight = next(backbone.parameters())
-        return weight.new_zeros(*input_ids.shape, bare_model(backbone).config.hidden_size)  # type: ignore[union-attr]
+        weight, bare = next(backbone.parameters()), cast(Any, bare_model(backbone))
+        return weight.new_zeros(*input_ids.shape, bare.config.hidden_size)
     options: dict[str, Any] = {}
     if _takes_positions(backbone):
         options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)

@@ -47,11 +47,11 @@ def _budget(device: torch.device, batch_tokens: int | None) -> int:
 def _first(device: Devices, quantization: str | None = None) -> torch.device:
     """The device, or the first of several, onto which a model is read; raises ValueError for one that is not there, and
     for several with a backbone in 4 or 8 bits."""
-    one = device is None or isinstance(device, str | torch.device)
-    if not one and quantization not in (None, "int8"):
+    if device is None or isinstance(device, str | torch.device):
+        return resolve_device(device)
+    if quantization not in (None, "int8"):
         raise ValueError(f"quantization={quantization!r} works on one device only: name one, or leave quantization out")
-    several = [device] if one else list(device)  # type: ignore[arg-type]
-    devices = [resolve_device(name) for name in several]
+    devices = [resolve_device(name) for name in device]
     if not devices:
         raise ValueError("no device is named: give one, or a list such as ['cuda:0', 'cuda:1']")
     return devices[0]

@@ -175,8 +175,9 @@ def quantize(model: Any) -> None:
                 setattr(module, name, Int8Linear(child))
     for module in model.backbone.modules():
         for names in _SIBLINGS:
-            layers = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, Int8Linear) for layer in layers):
+            found = [getattr(module, name, None) for name in names]
+            layers = [layer for layer in found if isinstance(layer, Int8Linear)]
+            if len(layers) == len(names):
                 shared = _Shared(len(layers))
                 for layer in layers:
                     layer.shared = shared

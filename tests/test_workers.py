@@ -151,6 +151,7 @@ if __name__ == "__main__":
     running = subprocess.Popen(
         [sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        preexec_fn=hearing,
     )  # fmt: skip
     try:
         assert "starting\n" in iter(running.stdout.readline, "")
@@ -161,6 +162,11 @@ if __name__ == "__main__":
         assert ends(running.pid)
     finally:
         running.kill()
+
+
+def hearing():
+    """Lets a child hear Ctrl-C even where the tests run in a shell's background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ends(group):
@@ -189,6 +195,7 @@ def test_ctrl_c_on_the_command_line_leaves_no_process(tmp_path):
     running = subprocess.Popen(
         [*command, "--", str(tmp_path / "many.txt")],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True,
+        preexec_fn=hearing,
     )  # fmt: skip
     try:
         seen = b""
