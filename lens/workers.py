@@ -55,9 +55,11 @@ class Pool:
     def __init__(self, encoder: Any, devices: Sequence[str | torch.device]) -> None:
         """Starts the processes with the model of a LENS and waits until each has it on its device.
 
-        Raises ValueError for devices that are not there and for quantised backbones; what a worker raised, or
-        ChildProcessError where it died, naming its device.
+        Raises TypeError for one device without a list, ValueError for devices that are not there and for quantised
+        backbones; what a worker raised, or ChildProcessError where it died, naming its device.
         """
+        if isinstance(devices, str | torch.device):
+            raise TypeError(f"devices must be a list, found {devices!r}: write [{str(devices)!r}]")
         self.devices = [resolve_device(device) for device in devices]
         if not self.devices:
             raise ValueError("no device is named: give a list such as ['cuda:0', 'cuda:1']")

@@ -291,6 +291,11 @@ def test_on_gpus(tmp_path):
         np.testing.assert_allclose(expected.encode(TEXTS, pool=pool), expected.encode(TEXTS), atol=1e-4)
 
 
+def test_one_device_without_a_list_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"devices must be a list, found 'cpu': write \['cpu'\]"):
+        build(tmp_path, device="cpu").start_multi_process_pool("cpu")
+
+
 def test_several_devices_and_bits_are_refused_before_anything_is_read():
     with pytest.raises(ValueError, match="quantization='4bit' works on one device only"):
         lens.load("nowhere", device=["cpu", "cpu"], quantization="4bit")
