@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -184,3 +186,33 @@ def test_a_full_disk_costs_no_finished_checkpoint(empty, mistral, mistral_cluste
     assert "no whole checkpoint" not in capsys.readouterr().out  # nothing of the failed one is left
     for name, tensor in weights_of(tmp_path / "whole").items():
         assert torch.equal(tensor, weights_of(tmp_path / "run")[name]), name
+
+
+@pytest.mark.parametrize("end", ["interrupt", "killed worker", "bad row"])
+def test_workers_never_outlive_an_end_that_was_not_planned(end, empty, mistral, mistral_clusters, pairs, tmp_path):
+    output, data = tmp_path / "run", tmp_path / "data.jsonl"
+    rows = Path(pairs).read_text().splitlines()
+    data.write_text("\n".join([*rows * 5, '{"query": 5}' if end == "bad row" else rows[0], *rows]) + "\n")
+    changes = {"max_steps": 4000, "save_steps": 4000, "workers": 2, "streaming": end == "bad row", "epochs": 1000}
+    process = start(
+        empty, settings(mistral, mistral_clusters, data, output, **LORA, **changes),
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        if end != "bad row":
+            wait_for_step(output, 2, process)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            workers = [int(pid) for pid in children if "train/run.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+            assert len(workers) == 2
+            os.kill(*((process.pid, signal.SIGINT) if end == "interrupt" else (workers[0], signal.SIGKILL)))
+        _, errors = process.communicate(timeout=120)  # which all workers hold open
+        assert process.returncode not in (0, None)
+        expected = {
+            "interrupt": "KeyboardInterrupt",
+            "killed worker": "DataLoader worker",
+            "bad row": "`query` must be",
+        }
+        assert expected[end] in errors
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

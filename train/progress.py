@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
@@ -29,6 +30,26 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+@contextmanager
+def ending_workers() -> Iterator[None]:
+    """Ends the loader's workers that are left when an error or Ctrl-C leads out of training.
+
+    They ignore SIGTERM, by which the interpreter would end them, and for which it would then wait for ever.
+    """
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        left = [process for process in multiprocessing.active_children() if process not in before]
+        if left:
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise for each
+            for process in left:
+                process.kill()
+            for process in left:
+                process.join()
+            signal.signal(signal.SIGCHLD, handler)
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

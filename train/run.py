@@ -42,7 +42,7 @@ from train.config import Recipe, load_recipe, parse_overrides
 from train.data import Batches, TeacherEmbeddings
 from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
 from train.parallel import collected, deepspeed_config, stage_of, whole_weights
-from train.progress import Stopping
+from train.progress import Stopping, ending_workers
 from train.sampler import Schedule
 from train.sources import DataSet, local_files, make_schedule, read_sources
 from train.states import compute_states, keys_of
@@ -90,7 +90,7 @@ def train(recipe: Recipe) -> None:
     rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
     if rank != 0:
-        with Stopping().listening() as stopping:
+        with ending_workers(), Stopping().listening() as stopping:
             _train(recipe, output, stopping)
         return
     check_run(recipe, output)
@@ -103,7 +103,7 @@ def train(recipe: Recipe) -> None:
     except Timeout as error:
         raise FileExistsError(f"another run is writing to {output}: wait for it, or choose another output") from error
     try:
-        with Stopping().listening() as stopping:
+        with ending_workers(), Stopping().listening() as stopping:
             _train(recipe, output, stopping)
     finally:
         lock.release()
