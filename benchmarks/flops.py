@@ -93,8 +93,15 @@ def hardware_flops(shape: Shape, case: Case) -> float:
     """FLOPs of one token with what is computed again."""
     head = 2 * shape.clusters * shape.width
     again = forward_flops(shape, lora=True) - head if case.checkpointing else 0.0
-    cached = forward_flops(shape, lora=True) if case.mini_batch_tokens else 0.0
-    return training_flops(shape) + again + cached
+    return training_flops(shape) + again + cached_share(shape, case) * forward_flops(shape, lora=True)
+
+
+def cached_share(shape: Shape, case: Case) -> float:
+    """Share of a batch's texts, all of one length, that gradient caching embeds again: all but the last mini-batch."""
+    if case.mini_batch_tokens is None:
+        return 0.0
+    texts, together = case.batch * (shape.passages + 1), max(case.mini_batch_tokens // shape.length, 1)
+    return (texts - 1) // together * together / texts
 
 
 def peak_of(name: str, given: float | None) -> float | None:

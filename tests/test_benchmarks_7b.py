@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train_7b
-from benchmarks.flops import SHAPES, Case, forward_flops, hardware_flops, training_flops
+from benchmarks.flops import SHAPES, Case, cached_share, forward_flops, hardware_flops, training_flops
 from benchmarks.train_7b import build, recipe_of, texts, write_examples
 from lens.backbone import hidden_states
 from lens.text import TextProcessor
@@ -47,7 +47,7 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path, checkpointing: bool, 
     # The head sees pooled positions alone, and its backward pass is not counted: only active clusters have gradients.
     pooled = sum(len(part["pooled"]) for part in batch["mini_batches"] or (batch["queries"], batch["passages"]))
     head = 2 * TINY.clusters * TINY.width
-    passes = 2 if cached else 1
+    passes = 1 + cached_share(TINY, case)
     expected = tokens * (hardware_flops(TINY, case) - passes * head) + passes * pooled * head
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         queries, passages = QueryPassageModel(model)(batch["queries"], batch["passages"], batch["mini_batches"])
