@@ -139,6 +139,8 @@ class LENS:
         """
         if devices is None:
             devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+            if not devices:
+                raise ValueError("there is no GPU: name the devices, such as ['cpu', 'cpu']")
         return Pool(self, devices)
 
     def close(self) -> None:
@@ -223,7 +225,11 @@ class LENS:
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1 token, found {batch_tokens}")
         width = self.config.dimensions if dims is None else len(dims)
+        if pool is not None and not isinstance(pool, Pool):
+            raise TypeError(f"pool must be one of start_multi_process_pool, found {type(pool).__name__}")
         pool = pool or self.pool
+        if pool is not None:
+            pool.check(self.model)
         if pool is None:
             steps, results = self._compute(texts, kind, instruction, top_k, dims, batch_tokens)
         else:

@@ -68,6 +68,7 @@ class Pool:
         skeleton, tensors = _taken_apart((encoder.model, encoder.tokenizer, encoder.compiled, encoder.packed))
         threads = max(1, torch.get_num_threads() // len(self.devices))
         context = multiprocessing.get_context("spawn")  # neither GPUs nor OpenMP survive a fork
+        self._model = weakref.ref(encoder.model)
         self._calling = threading.Lock()
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
@@ -76,18 +77,26 @@ class Pool:
             for device in self.devices:
                 ours, theirs = context.Pipe()
                 self._connections.append(ours)
-                arguments = theirs, skeleton, tensors, str(device), threads
+                arguments = theirs, tensors, str(device), threads
                 process = context.Process(target=_work, args=arguments, name=f"lens {device}", daemon=True)
                 self._processes.append(process)
                 with _deaf():
                     process.start()
                 theirs.close()
+            # Not with the arguments: a process that died before it read them would be waited for, for ever.
+            for worker in range(len(self.devices)):
+                self._send(worker, skeleton)
             for worker in range(len(self.devices)):
                 if isinstance(failure := self._receive(worker), Exception):
                     raise failure
         except BaseException:
             self.close()
             raise
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError unless the processes were started with this model."""
+        if self._model() is not model:
+            raise ValueError("this pool was started with another model: start one with this model")
 
     def close(self) -> None:
         """Ends the processes; a second call does nothing."""
@@ -225,13 +234,15 @@ def split(texts: Sequence[str], width: int, limit: int, budget: int, workers: in
 # --- in the worker --------------------------------------------------------------------------------------------------
 
 
-def _work(connection: Connection, skeleton: bytes, tensors: Any, device: str, threads: int) -> None:
+def _work(connection: Connection, tensors: Any, device: str, threads: int) -> None:
     """Puts the model together on its device and embeds what comes, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where another thread than the main one started this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is ended would leave behind
     with suppress(EOFError, OSError):  # the parent is gone
+        skeleton = connection.recv()
         try:
             encoder = _encoder(skeleton, tensors, device)
         except Exception as error:
@@ -250,6 +261,14 @@ def _work(connection: Connection, skeleton: bytes, tensors: Any, device: str, th
         # While a chunk is computed the next one comes in and the last one's embeddings go out.
         for answer in ahead(map(run, ahead(iter(connection.recv, None)))):
             connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """Ends this process, in the middle of a chunk too, when its parent was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encoder(skeleton: bytes, tensors: Any, device: str) -> Any:

@@ -291,6 +291,40 @@ def test_on_gpus(tmp_path):
         np.testing.assert_allclose(expected.encode(TEXTS, pool=pool), expected.encode(TEXTS), atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["file", "stdin"])
+def test_a_program_that_cannot_start_processes_ends_and_says_why(way, tmp_path):
+    program = """
+import sys
+from pathlib import Path
+
+from test_workers import build
+
+model = build(Path(sys.argv[1]), device="cpu")
+model.model.note = "x" * 500_000  # as a large tokenizer: more than a pipe holds
+model.start_multi_process_pool(["cpu", "cpu"])
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, str(tmp_path / "program.py") if way == "file" else "-", str(tmp_path)]
+    done = subprocess.run(
+        command, input=program if way == "stdin" else None, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 1
+    assert "__main__" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_pool_is_for_its_own_model(tmp_path):
+    (tmp_path / "other").mkdir()
+    model, other = build(tmp_path, device="cpu"), build(tmp_path / "other", device="cpu")
+    with model.start_multi_process_pool(["cpu"]) as pool:
+        with pytest.raises(ValueError, match="started with another model"):
+            other.encode(SENTENCES, pool=pool)
+        with pytest.raises(TypeError, match="found str"):
+            model.encode(SENTENCES, pool="cpu")
+        assert np.array_equal(model.encode(SENTENCES, pool=pool), model.encode(SENTENCES))
+
+
 def test_one_device_without_a_list_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"devices must be a list, found 'cpu': write \['cpu'\]"):
         build(tmp_path, device="cpu").start_multi_process_pool("cpu")
