@@ -158,7 +158,7 @@ if __name__ == "__main__":
         os.killpg(running.pid, signal.SIGINT)
         errors = running.communicate(timeout=60)[1]
         assert running.returncode == -signal.SIGINT
-        assert errors.count("Traceback") == 1  # the parent's own
+        assert errors.count("Traceback") == 1, errors  # the parent's own
         assert ends(running.pid)
     finally:
         running.kill()
