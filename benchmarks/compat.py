@@ -24,6 +24,7 @@ import transformers
 from scipy.stats import kendalltau
 
 import lens
+from benchmarks import arguments
 from lens.files import atomic_file, read_json, write_json
 from lens.text import SPECIAL_TOKENS, TextProcessor
 
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--golden", type=Path, help="folder with hub/, texts.json and embeddings.npz")
     parser.add_argument("--page", action="store_true", help="write docs/compat.md from the stored figures, no more")
     options = parser.parse_args()
+    arguments.check(parser, options, RESULTS)
     if not options.page:
         golden = options.golden or (GOLDEN if GOLDEN.is_dir() else None)
         write_json(RESULTS, collect(golden))

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import lens
+from benchmarks import arguments
 from benchmarks.encoding import take
 from benchmarks.kmeans import minilm
 from benchmarks.measure import PAGE, load
@@ -129,14 +130,17 @@ def page(content: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measures, stores and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beir", type=Path, nargs="+", help="folders to take texts from")
-    parser.add_argument("--texts", type=int, default=550, help="of one pass (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens at most (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="passes after the first (default: %(default)s)")
+    parser.add_argument("--beir", type=arguments.beir, nargs="+", help="folders to take texts from")
+    parser.add_argument("--texts", type=arguments.positive, default=550, help="of one pass (default: %(default)s)")
+    parser.add_argument("--length", type=arguments.positive, default=256, help="tokens at most (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=3, help="passes after the first (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=FILE, help="JSON file to write (default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="write the page from stored figures, no more")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    arguments.check(parser, options, options.output)
     if not options.page and not options.beir:
         parser.error("give --beir, or --page")
     if options.one:

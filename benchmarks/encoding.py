@@ -33,6 +33,7 @@ import scipy.sparse
 import torch
 
 import lens
+from benchmarks import arguments
 from benchmarks.flops import encoder_flops
 from benchmarks.kmeans import minilm
 from benchmarks.measure import PAGE, in_turn, load, matmul_peak, peak
@@ -273,16 +274,21 @@ def page(content: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measures, stores and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beir", type=Path, nargs="+", help="folders to take texts from")
-    parser.add_argument("--texts", type=int, default=550, help="(default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens at most (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each, in turn (default: %(default)s)")
-    parser.add_argument("--model", type=Path, nargs="+", help="artifacts that rank, for what int8 costs")
-    parser.add_argument("--judged", type=Path, nargs="+", help="folders with judgements, for what int8 costs")
+    parser.add_argument("--beir", type=arguments.beir, nargs="+", help="folders to take texts from")
+    parser.add_argument("--texts", type=arguments.positive, default=550, help="(default: %(default)s)")
+    parser.add_argument("--length", type=arguments.positive, default=256, help="tokens at most (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=5, help="runs of each, in turn (default: %(default)s)"
+    )
+    parser.add_argument("--model", type=arguments.artifact, nargs="+", help="artifacts that rank, for what int8 costs")
+    parser.add_argument(
+        "--judged", type=arguments.judged, nargs="+", help="folders with judgements, for what int8 costs"
+    )
     parser.add_argument("--output", type=Path, default=FILE, help="JSON file to write (default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="write the page from stored figures, no more")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    arguments.check(parser, options, options.output)
     if not options.page and not options.beir and not options.model:
         parser.error("give --beir, --model, or --page")
     if bool(options.model) != bool(options.judged):

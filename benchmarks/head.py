@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import arguments
 from benchmarks.measure import PAGE, exponent, in_turn, load, peak, plot
 from benchmarks.page import RESULTS, listed, machine, versions, write_section
 from lens.files import write_json
@@ -230,19 +231,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each, in turn (default: %(default)s)")
-    parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "L", "D", "K"), help="another reference size")
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=5, help="runs of each, in turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shape", type=arguments.positive, nargs=4, metavar=("B", "L", "D", "K"), help="another reference size"
+    )
     parser.add_argument("--no-sweeps", action="store_true", help="the reference size only")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: benchmarks/results/head*.json)")
     parser.add_argument("--page", action="store_true", help="write the page from stored figures, no more")
     parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    files = {kind: RESULTS / f"head{'-cuda' if kind == 'cuda' else ''}.json" for kind in ("cpu", "cuda")}
+    arguments.check(parser, options, *files.values())
     if options.one:
         name, *sizes, backward = options.one
         shape: Shape = tuple(map(int, sizes))  # type: ignore[assignment]
         print(one(name, shape, torch.device(options.device), getattr(torch, options.dtype), backward == "1"))
         return
-    files = {kind: RESULTS / f"head{'-cuda' if kind == 'cuda' else ''}.json" for kind in ("cpu", "cuda")}
     if not options.page:
         output = options.output or files[options.device]
         write_json(output, measure(options))

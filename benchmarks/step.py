@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import lens
+from benchmarks import arguments
 from benchmarks.encoding import prepare
 from benchmarks.measure import PAGE, in_turn, line, load, peak
 from benchmarks.page import RESULTS, listed, machine, versions, write_section
@@ -325,21 +326,30 @@ def _at_most(batch: int | None, cap: int) -> str:
 def main() -> None:
     """Measures, stores and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beir", type=Path, help="folder with judgements to take triples from")
-    parser.add_argument("--batch", type=int, default=32, help="queries of the timed step (default: %(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="batches to take memory of")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each, in turn (default: %(default)s)")
+    parser.add_argument("--beir", type=arguments.judged, help="folder with judgements to take triples from")
+    parser.add_argument(
+        "--batch", type=arguments.positive, default=32, help="queries of the timed step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", type=arguments.positive, nargs="+", default=[8, 16, 32], help="batches to take memory of"
+    )
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=5, help="runs of each, in turn (default: %(default)s)"
+    )
     parser.add_argument(
         "--memory-gb",
-        type=float,
+        type=arguments.above_zero,
         nargs="+",
         help="add to the stored figures, no more, the largest batches that fit these",
     )
-    parser.add_argument("--cap", type=int, default=256, help="largest batch to try (default: %(default)s)")
+    parser.add_argument(
+        "--cap", type=arguments.positive, default=256, help="largest batch to try (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=FILE, help="JSON file to write (default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="write the page from stored figures, no more")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    arguments.check(parser, options, options.output)
     if not options.page and not options.beir:
         parser.error("give --beir, or --page")
     if options.memory_gb and not options.page and not options.output.is_file():

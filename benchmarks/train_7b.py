@@ -38,8 +38,9 @@ from benchmarks.flops import SHAPES, Case, Shape, forward_flops, hardware_flops,
 from benchmarks.page import PAGE, RESULTS, ROOT, listed, machine, versions, write_section
 from lens import LENS
 from lens.attention import compile_layers
-from lens.backbone import check_attention, resolve_device
+from lens.backbone import check_attention
 from lens.config import LensConfig
+from lens.devices import resolve_device
 from lens.files import read_json, write_json
 from lens.head import LexicalHead
 from lens.model import LensModel

@@ -34,7 +34,7 @@ import lens
 import lens.dropped
 import lens.head
 import lens.int8
-from benchmarks import encoding, step
+from benchmarks import arguments, encoding, step
 from benchmarks.flops import encoder_flops
 from benchmarks.kmeans import minilm
 from benchmarks.measure import PAGE, bars, in_turn, int8_peak, load, matmul_peak, wait
@@ -300,19 +300,26 @@ def page(content: dict[str, Any], kind: str) -> list[str]:
 def main() -> None:
     """Measures, stores and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beir", type=Path, nargs="+", help="folders to take the texts to encode from")
-    parser.add_argument("--judged", type=Path, help="folder with judgements to take the step's triples from")
+    parser.add_argument("--beir", type=arguments.beir, nargs="+", help="folders to take the texts to encode from")
+    parser.add_argument(
+        "--judged", type=arguments.judged, help="folder with judgements to take the step's triples from"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--texts", type=int, default=550, help="to encode (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens at most (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="queries of the step (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs without profiler (default: %(default)s)")
+    parser.add_argument("--texts", type=arguments.positive, default=550, help="to encode (default: %(default)s)")
+    parser.add_argument("--length", type=arguments.positive, default=256, help="tokens at most (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=arguments.positive, default=32, help="queries of the step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=arguments.positive, default=3, help="runs without profiler (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write (default: benchmarks/results/where*.json)")
     parser.add_argument("--page", action="store_true", help="write the page from stored figures, no more")
     options = parser.parse_args()
+    files = {kind: RESULTS / f"where{'-cuda' if kind == 'cuda' else ''}.json" for kind in ("cpu", "cuda")}
+    arguments.check(parser, options, *files.values())
     if not options.page and not (options.beir and options.judged):
         parser.error("give --beir and --judged, or --page")
-    files = {kind: RESULTS / f"where{'-cuda' if kind == 'cuda' else ''}.json" for kind in ("cpu", "cuda")}
     if not options.page:
         with tempfile.TemporaryDirectory() as folder:
             write_json(options.output or files[options.device], measure(options, Path(folder)))

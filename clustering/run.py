@@ -27,6 +27,7 @@ from clustering import report, weights
 from clustering.kmeans import ALGORITHMS, INITS, Clustering, check_options, kmeans, nearest, sum_of_squares
 from lens import __version__
 from lens.files import atomic_file, atomic_folder, check_output, read_json, read_tensors, write_json
+from lens.program import interruptible
 
 EXAMPLE = """examples:
   python clustering/run.py --model mistralai/Mistral-7B-v0.1 --k 4000 --output runs/clusters
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruptible("clustering/run.py")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code, 2 after a user's error, which takes one line on stderr."""
     options = parser().parse_args(arguments)

@@ -29,6 +29,7 @@ from eval.scoring import Evaluation, System, bm25_system, dense_system, evaluate
 from lens.corpus import Beir, read_beir
 from lens.dense import Dense
 from lens.files import atomic_folder, check_output, require, write_json
+from lens.program import interruptible
 from lens.search.bm25 import BM25
 
 BASELINES = ("bm25", "dense")
@@ -319,6 +320,7 @@ def run(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     return results
 
 
+@interruptible("eval/run.py")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code: 0, or 2 with one line on standard error for bad input."""
     args = parser().parse_args(arguments)

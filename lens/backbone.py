@@ -280,17 +280,3 @@ def resize_vocabulary(backbone: nn.Module, size: int) -> None:
         weight = backbone.get_input_embeddings().weight  # type: ignore[operator]
         with torch.no_grad():
             weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
-
-
-def resolve_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the first there is of cuda, mps, cpu; raises ValueError for one that is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device is None:
-        return torch.device(next(name for name in present if present[name]))
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cuda, mps or cpu, found {device!r}") from error
-    if not present.get(found.type, False):
-        raise ValueError(f"device {device!r} was asked for but torch sees none: use device='cpu' or None")
-    return found

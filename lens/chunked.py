@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 _BLOCK = (1024, 512)  # rows x clusters: 2 MB of float32, which stays in the second-level caches of two cores
 _GPU_BLOCK = (8192, 2048)
-_ENTRIES = 1 << 17  # gradients of maxima that the backward pass takes at a time
+_ENTRIES = 1 << 16  # gradients of maxima that the backward pass takes at a time
 
 
 def max_pool(rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:

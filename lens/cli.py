@@ -8,8 +8,10 @@ import sys
 from typing import Any
 
 from lens.files import atomic_file, check_output
+from lens.program import interruptible
 
 
+@interruptible("lens")
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after printing one line on what was wrong."""
     options = _parser().parse_args(arguments)
@@ -18,9 +20,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"lens: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("lens: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

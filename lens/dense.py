@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lens.backbone import hidden_states, load_backbone, load_tokenizer, position_limit, resolve_device
+from lens.backbone import hidden_states, load_backbone, load_tokenizer, position_limit
+from lens.devices import resolve_device
 from lens.packed import choose_packed, packed_states
 from lens.text import token_batches
 

@@ -18,22 +18,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens import int8, pipeline
-from lens.attention import compile_layers, is_flash
-from lens.backbone import resolve_device
+from lens.attention import compile_layers
 from lens.compat import is_released, load_released
+from lens.devices import Device, Devices, resolve_device, resolve_devices, resolve_dtype
 from lens.explain import ClusterTokens, Explanation, explain, terms
 from lens.model import LensModel, build_model, fetch, load_model
 from lens.packed import choose_packed
 from lens.quantized import Quantization
 from lens.text import Kind, TextProcessor, check_texts
-from lens.vectors import Array, check_dims, check_top_k, prune, to_csr, to_dense
+from lens.vectors import Array, check_count, check_dims, prune, to_csr, to_dense
 from lens.workers import Pool, split
 
 # Legend: N texts, K clusters.
 
 Output = Literal["numpy", "torch", "csr"]
 Compat = Literal["official"]
-Devices = str | torch.device | Sequence[str | torch.device] | None
 Embeddings = Array | Tensor | scipy.sparse.csr_matrix
 
 _BATCH_TOKENS = {"cuda": 1 << 15, "mps": 1 << 13, "cpu": 1 << 11}
@@ -42,32 +41,6 @@ _PROGRESS_STEPS = 8
 
 def _budget(device: torch.device, batch_tokens: int | None) -> int:
     return batch_tokens or _BATCH_TOKENS.get(device.type, 1 << 12)
-
-
-def _first(device: Devices, quantization: str | None = None) -> torch.device:
-    """The device, or the first of several, onto which a model is read; raises ValueError for one that is not there, and
-    for several with a backbone in 4 or 8 bits."""
-    if device is None or isinstance(device, str | torch.device):
-        return resolve_device(device)
-    if quantization not in (None, "int8"):
-        raise ValueError(f"quantization={quantization!r} works on one device only: name one, or leave quantization out")
-    devices = [resolve_device(name) for name in device]
-    if not devices:
-        raise ValueError("no device is named: give one, or a list such as ['cuda:0', 'cuda:1']")
-    return devices[0]
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, attention: str | None = None) -> torch.dtype:
-    """The dtype asked for, or bfloat16 on GPUs that have it and float32 elsewhere; raises ValueError for others, and
-    for float32 with flash attention."""
-    if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16; found {dtype!r}")
-    if found == torch.float32 and is_flash(attention):
-        raise ValueError(f"dtype=float32 contradicts attn_implementation={attention!r}: take bfloat16 or float16")
-    return found
 
 
 class LENS:
@@ -85,7 +58,9 @@ class LENS:
         packed: bool | None = None,
     ) -> None:
         """A list of devices starts a process for each, which then encode; the model here stays on the CPU."""
-        several = None if device is None or isinstance(device, str | torch.device) else list(device)
+        several = None if device is None or isinstance(device, Device) else list(device)
+        if packed not in (True, False, None):
+            raise ValueError(f"packed must be True, False or None; found {packed!r}")
         self.packed, self.compiled = packed, compile
         self.device = resolve_device(device if several is None else "cpu")  # type: ignore[arg-type]
         self.model = model.to(self.device).eval()
@@ -123,14 +98,14 @@ class LENS:
         `lens.load`; `config` takes fields of LensConfig. Raises FileNotFoundError, or ValueError naming the field or
         the file.
         """
-        where = _first(device, quantization)
+        where = resolve_devices(device, quantization)[0]
         kind = resolve_dtype(dtype, where, attn_implementation)
         model, tokenizer = build_model(
             os.fspath(backbone), clusters, kind, attn_implementation, whiten, where, quantization, **config
         )
         return cls(model, tokenizer, device, compile, packed)
 
-    def start_multi_process_pool(self, devices: Sequence[str | torch.device] | None = None) -> Pool:
+    def start_multi_process_pool(self, devices: Sequence[Device] | None = None) -> Pool:
         """Starts a process for each device, such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"] (None: every GPU), with this
         model as it now is, for `encode(..., pool=pool)`.
 
@@ -219,11 +194,11 @@ class LENS:
         if instruction is not None:
             check_texts([instruction])
         if top_k is not None:
-            check_top_k(top_k)
+            check_count("top_k", top_k)
         if dims is not None:
             dims = check_dims(dims, self.config.dimensions)
-        if batch_tokens is not None and batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1 token, found {batch_tokens}")
+        if batch_tokens is not None:
+            check_count("batch_tokens", batch_tokens)
         width = self.config.dimensions if dims is None else len(dims)
         if pool is not None and not isinstance(pool, Pool):
             raise TypeError(f"pool must be one of start_multi_process_pool, found {type(pool).__name__}")
@@ -360,13 +335,16 @@ def load(
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
     docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
-    where = _first(device, quantization)
+    where, *others = resolve_devices(device, quantization)
     if compat not in (None, "official"):
         raise ValueError(f"compat must be 'official' or None; found {compat!r}")
+    if quantization not in (None, "4bit", "8bit", "int8"):
+        raise ValueError(f"quantization must be one of 4bit, 8bit, int8 or None; found {quantization!r}")
     kind = resolve_dtype(dtype, where, attn_implementation)
-    if quantization == "int8" and (where.type != "cpu" or kind != torch.float32):
+    places = " and ".join(sorted({where.type, *(device.type for device in others)}))
+    if quantization == "int8" and (places != "cpu" or kind != torch.float32):
         raise ValueError(
-            f"quantization='int8' is for a CPU in float32, and this is {where.type} in {kind}: leave dtype out with "
+            f"quantization='int8' is for a CPU in float32, and this is {places} in {kind}: leave dtype out with "
             "device='cpu', or use '8bit' to save memory on a GPU"
         )
     read = None if quantization == "int8" else quantization

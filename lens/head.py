@@ -93,7 +93,10 @@ def _rows(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tup
     if mask is None:
         return hidden.flatten(0, 1), [hidden.shape[1]] * hidden.shape[0]
     mask = mask.bool()
-    return hidden[mask], mask.sum(1).tolist()
+    lengths = mask.sum(1).tolist()
+    if sum(lengths) == mask.numel():  # choosing rows would copy them, and their gradient back
+        return hidden.flatten(0, 1), lengths
+    return hidden[mask], lengths
 
 
 def _eager(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None, pooling: Pooling) -> Tensor:

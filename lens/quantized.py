@@ -25,7 +25,7 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> Any:
     Raises ValueError for other kinds, ImportError with the pip command when bitsandbytes is not installed.
     """
     if kind not in get_args(Quantization):
-        raise ValueError(f"quantization must be one of {', '.join(get_args(Quantization))}, or None; found {kind!r}")
+        raise ValueError(f"quantization must be one of {', '.join(get_args(Quantization))} or None; found {kind!r}")
     require("quantized", "bitsandbytes", "accelerate")
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

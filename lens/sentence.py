@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lens.backbone import hidden_states, position_limit, resolve_device
+from lens.backbone import hidden_states, position_limit
 from lens.card import model_card
-from lens.encoder import resolve_dtype
+from lens.devices import resolve_device, resolve_dtype
 from lens.explain import ClusterTokens
 from lens.files import read_json, require, write_json
 from lens.model import SENTENCE_FILE, LensModel, fetch, load_model

@@ -12,7 +12,7 @@ Every pooled set is one contiguous span, so tokens travel as (ids, start, end).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -80,10 +80,12 @@ def _inputs(batch: Any, device: torch.device | None) -> dict[str, Any]:
 def check_texts(texts: Any) -> list[str]:
     """Returns `texts` as a list, or raises naming the first entry that cannot be encoded.
 
-    Raises TypeError for a bare string, None, bytes or anything else that is no str; ValueError for lone surrogates.
+    Raises TypeError for a bare string, a mapping or set, or entries that are no str; ValueError for lone surrogates.
     """
     if isinstance(texts, str | bytes):
         raise TypeError(f"expected a list of texts, found one {type(texts).__name__}: write [text]")
+    if isinstance(texts, Mapping | Set) or not isinstance(texts, Iterable):
+        raise TypeError(f"expected a list of texts, found {type(texts).__name__}")
     checked: list[str] = list(texts)
     for index, text in enumerate(checked):
         if not isinstance(text, str):

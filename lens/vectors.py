@@ -39,7 +39,7 @@ def prune(
             dims = torch.tensor(check_dims(dims, embeddings.shape[1]), device=embeddings.device)
         embeddings = embeddings[:, dims]
     if top_k is not None:
-        check_top_k(top_k)
+        check_count("top_k", top_k)
         if top_k < embeddings.shape[1]:
             best = embeddings.topk(top_k, dim=1)
             embeddings = torch.zeros_like(embeddings).scatter(1, best.indices, best.values)
@@ -48,9 +48,10 @@ def prune(
     return embeddings
 
 
-def check_top_k(top_k: int) -> None:
-    if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
-        raise ValueError(f"top_k must be a whole number of at least 1, found {top_k!r}")
+def check_count(name: str, value: int) -> None:
+    """Raises ValueError unless option `name` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
 
 
 def check_dims(dims: Sequence[int], dimensions: int) -> list[int]:

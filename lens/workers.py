@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lens.backbone import resolve_device
+from lens.devices import resolve_device
 from lens.packed import forget_limits
 from lens.pipeline import ahead
 from lens.quantized import is_quantized
@@ -62,6 +62,10 @@ class Pool:
         if isinstance(devices, str | torch.device):
             raise TypeError(f"devices must be a list, found {devices!r}: write [{str(devices)!r}]")
         self.devices = [resolve_device(device) for device in devices]
+        names = list(map(str, self.devices))
+        self.names = [
+            name if names.count(name) == 1 else f"{name} (process {number})" for number, name in enumerate(names, 1)
+        ]
         if not self.devices:
             raise ValueError("no device is named: give a list such as ['cuda:0', 'cuda:1']")
         if is_quantized(encoder.model.backbone):
@@ -75,11 +79,11 @@ class Pool:
         self._processes: list[Any] = []
         self._end = weakref.finalize(self, _end, self._connections, self._processes)
         try:
-            for device in self.devices:
+            for device, name in zip(self.devices, self.names, strict=True):
                 ours, theirs = context.Pipe()
                 self._connections.append(ours)
                 arguments = theirs, tensors, str(device), threads
-                process = context.Process(target=_work, args=arguments, name=f"lens {device}", daemon=True)
+                process = context.Process(target=_work, args=arguments, name=f"lens {name}", daemon=True)
                 self._processes.append(process)
                 with _deaf():
                     process.start()
@@ -119,7 +123,7 @@ class Pool:
         """
         with self._calling:
             if not self._end.alive:
-                raise ValueError("the processes of this pool were ended: start another one")
+                raise ValueError("these processes were ended: start another pool, or load the model again")
             try:
                 failure = yield from self._exchange(texts, chunks, options)
             except BaseException:  # what is left in the pipes belongs to nobody
@@ -165,23 +169,27 @@ class Pool:
             found, failure = self._connections[worker].recv()
         except (EOFError, OSError):
             raise self._died(worker) from None
-        return found if failure is None else _as_error(self.devices[worker], *failure)
+        return found if failure is None else _as_error(self.names[worker], *failure)
 
     def _died(self, worker: int) -> ChildProcessError:
         process = self._processes[worker]
         process.join(5)
-        return ChildProcessError(
-            f"the process for {self.devices[worker]} died (exit code {process.exitcode}): it was killed, ran out of "
-            'memory, or the program lacks `if __name__ == "__main__":` around what it does, which it needs when it '
-            "starts processes"
-        )
+        code = process.exitcode
+        if code is not None and code < 0:
+            why = f"by signal {-code}: it was killed, as Linux does when memory runs out"
+        else:
+            why = (
+                f'(exit code {code}): it could not start, or the program lacks `if __name__ == "__main__":` around '
+                "what it does, which it needs when it starts processes"
+            )
+        return ChildProcessError(f"the process for {self.names[worker]} died {why}")
 
 
-def _as_error(device: torch.device, name: str, message: str, trace: str) -> Exception:
+def _as_error(worker: str, name: str, message: str, trace: str) -> Exception:
     """A worker's error in its own class where that is a plain one, else RuntimeError."""
     kind = getattr(builtins, name, RuntimeError)
-    error: Exception = (kind if kind in _ERRORS else RuntimeError)(f"on {device}: {message}")
-    error.add_note(f"In the process for {device}:\n{trace}")
+    error: Exception = (kind if kind in _ERRORS else RuntimeError)(f"on {worker}: {message}")
+    error.add_note(f"In the process for {worker}:\n{trace}")
     return error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from benchmarks import kmeans, measure, scaling, scaling_page, step, where
+from benchmarks import encoding, head, kmeans, measure, scaling, scaling_page, step, where
 from benchmarks.flops import encoder_flops
 
 CPU = torch.device("cpu")
@@ -308,3 +308,46 @@ def test_on_a_gpu_only_what_can_run_there_is_compared(
     faiss.get_num_gpus = lambda: 0
     assert kmeans.chosen(True, "cuda") == ["ours", "ours-random"]
     assert "faiss sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (encoding, "--beir nowhere", "argument --beir: nowhere has neither corpus.jsonl nor corpus.jsonl.gz"),
+        (encoding, "--beir . --rounds 0", "argument --beir: . has neither corpus.jsonl nor corpus.jsonl.gz"),
+        (encoding, "--model . --judged .", "argument --model: . is no LENS model: it has no lens.json"),
+        (encoding, "--page --output none.json", "--page: there are no stored figures in none.json"),
+        (where, "--texts 0", "argument --texts: must be at least 1, found 0"),
+        (step, "--memory-gb 2 -1", "argument --memory-gb: must be above 0, found -1"),
+        (step, "--memory-gb nan", "argument --memory-gb: must be above 0, found nan"),
+        (step, "--beir folder", "argument --beir: folder has no folder qrels"),
+        (head, "--shape 1 2 3 x", "argument --shape: invalid positive value: 'x'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    program: ModuleType,
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for stem in ("corpus", "queries"):
+        (tmp_path / "folder" / f"{stem}.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", [program.__name__, *arguments.split()])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("program", [head, where, kmeans])
+def test_a_gpu_that_is_not_there_is_said(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert "torch sees no GPU" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, SENTENCES
 
 import lens
+from lens.devices import resolve_device
 from lens.explain import ClusterTokens
 from lens.search import search
 from lens.vectors import load_embeddings, prune, rank_dims, save_embeddings
@@ -91,7 +92,8 @@ def test_prune_by_hand():
         ({"top_k": 0}, ValueError, "top_k must be a whole number of at least 1"),
         ({"dims": [0, 24]}, ValueError, "distinct columns from 0 to 23"),
         ({"dims": [1, 1]}, ValueError, "distinct columns"),
-        ({"batch_tokens": 0}, ValueError, "batch_tokens must be at least 1"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens must be a whole number of at least 1, found 0"),
+        ({"batch_tokens": "512"}, ValueError, "batch_tokens must be a whole number of at least 1, found '512'"),
         ({"instruction": 3}, TypeError, "instruction must be a str or None"),
     ],
 )
@@ -100,7 +102,21 @@ def test_bad_options(model, options, error, message):
         model.encode(["a"], **options)
 
 
-def test_bad_devices_and_dtypes(bert, bert_clusters):
+@pytest.mark.parametrize(
+    ("texts", "found"), [(None, "NoneType"), (5, "int"), ({"a": "b"}, "dict"), ({"a"}, "set"), ("a", "one str")]
+)
+def test_what_is_no_list_of_texts(model, texts, found):
+    with pytest.raises(TypeError, match=f"^expected a list of texts, found {found}"):
+        model.encode(texts)
+    assert model.encode(text for text in ("a", "b")).shape == (2, 24)
+
+
+def test_bad_devices_and_dtypes(bert, bert_clusters, monkeypatch):
+    for wrong in ("yes", 2):
+        with pytest.raises(ValueError, match=f"packed must be True, False or None; found {wrong!r}"):
+            lens.LENS.build(bert, bert_clusters, device="cpu", packed=wrong)
+    with pytest.raises(ValueError, match="quantization must be one of 4bit, 8bit, int8 or None; found 'int4'"):
+        lens.load("nowhere", device="cpu", quantization="int4")
     with pytest.raises(ValueError, match="device must be cuda, mps or cpu, found 'gpu'"):
         lens.LENS.build(bert, bert_clusters, device="gpu")
     with pytest.raises(ValueError, match="dtype must be float32"):
@@ -108,6 +124,13 @@ def test_bad_devices_and_dtypes(bert, bert_clusters):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees none"):
             lens.LENS.build(bert, bert_clusters, device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device() == torch.device("cuda")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="'cuda:2' was asked for but the last that torch sees is cuda:1"):
+        resolve_device("cuda:2")
+    with pytest.raises(ValueError, match="int8' is for a CPU in float32, and this is cpu and cuda in torch.float32"):
+        lens.load("nowhere", device=["cpu", "cuda:1"], quantization="int8")
 
 
 def test_bfloat16_is_near_float32(bert, bert_clusters, model):

@@ -225,7 +225,7 @@ def test_what_is_trained_over_four_bits_is_float32(wide):
 
 def test_what_cannot_be_quantised_is_refused(wide, bert_mlm, tmp_path, monkeypatch):
     folder, clusters = wide
-    with pytest.raises(ValueError, match="quantization must be one of 4bit, 8bit, or None; found '2bit'"):
+    with pytest.raises(ValueError, match="quantization must be one of 4bit, 8bit or None; found '2bit'"):
         lens.LENS.build(folder, clusters, device="cpu", quantization="2bit")
     with pytest.raises(ValueError, match="quantization contradicts the MLM head of an encoder"):
         lens.LENS.build(bert_mlm, device="cpu", quantization="4bit")

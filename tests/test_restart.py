@@ -208,7 +208,7 @@ def test_workers_never_outlive_an_end_that_was_not_planned(end, empty, mistral, 
         _, errors = process.communicate(timeout=120)  # which all workers hold open
         assert process.returncode not in (0, None)
         expected = {
-            "interrupt": "KeyboardInterrupt",
+            "interrupt": "train/run.py: interrupted; the same command goes on",
             "killed worker": "DataLoader worker",
             "bad row": "`query` must be",
         }

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from lens.attention import check_compiler, compile_layers
-from lens.backbone import resolve_device
+from lens.devices import resolve_device
 from lens.model import LensModel, build_model
 from lens.text import SPECIAL_TOKENS
 from train.config import Recipe

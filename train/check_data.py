@@ -26,6 +26,7 @@ from tqdm import tqdm
 from lens.backbone import architecture_of, check_base, load_config, load_tokenizer
 from lens.config import LensConfig
 from lens.files import check_output, write_json
+from lens.program import interruptible
 from lens.text import TextProcessor, add_special_tokens
 from train.config import OWN_NEGATIVES_TYPES, Recipe, load_recipe
 from train.data import Example, parse_example, text_key, tokenize
@@ -264,6 +265,7 @@ def _numbers(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:,}" for name, value in values.items())
 
 
+@interruptible("train/check_data.py")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train/check_data.py"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lens.corpus import Beir, read_beir
 from lens.files import atomic_file, check_output
+from lens.program import interruptible
 from lens.search.bm25 import BM25
 from lens.search.exact import top
 from lens.text import check_texts
@@ -78,6 +79,7 @@ def mine(
     return rows
 
 
+@interruptible("train/mine.py")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train/mine.py"

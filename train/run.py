@@ -30,11 +30,12 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
 
-from lens.backbone import resolve_device
 from lens.card import Facts, recipe_facts
+from lens.devices import resolve_device
 from lens.files import check_output, read_json, write_json
 from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel
 from lens.packed import choose_packed
+from lens.program import interruptible
 from lens.text import TextProcessor
 from train.build import build
 from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
@@ -58,6 +59,7 @@ FREE_FIELDS = {
 """Fields that may change between a run and its continuation: they do not decide what is learnt."""
 
 
+@interruptible("train/run.py", "the same command goes on from the last checkpoint")
 def main(arguments: list[str]) -> int:
     """Runs one training; returns the exit status."""
     if not arguments or arguments[0] in ("-h", "--help") or "--help" in arguments:

@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 
 from lens.dense import Dense
 from lens.files import atomic_file, check_output, read_jsonl
+from lens.program import interruptible
 from train.data import text_key
 from train.sources import read_examples
 
 
+@interruptible("train/score.py")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train/score.py"
