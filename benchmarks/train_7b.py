@@ -47,8 +47,9 @@ from lens.model import LensModel
 from lens.quantized import keep_differentiable, quantization_config
 from lens.text import TextProcessor, add_special_tokens
 from train.build import make_trainable
-from train.config import Recipe, load_recipe
+from train.config import Recipe
 from train.data import Batches
+from train.overrides import load_recipe
 from train.run import training_arguments
 from train.sources import make_schedule, read_sources
 from train.trainer import LensTrainer

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
     add("--tensor", metavar="NAME", help="tensor to cluster (default: the output head, else the word embeddings)")
     add("--k", type=int, help="clusters, 2 to the number of vocabulary rows (the paper uses 4000 and 8000)")
+    add("--every-token", action="store_true", help="no clusters: each row stays a dimension of its own")
     add("--output", metavar="DIR", help="folder to write: clusters.safetensors, clusters.json, clusters.html")
     add("--overwrite", action="store_true", help="replace what is at --output or --export-npy, once the new is whole")
     add("--seed", type=int, default=0, help="seed of the start (default: %(default)s)")
@@ -110,7 +111,10 @@ def cluster(options: argparse.Namespace) -> None:
     log(f"{head.kind} {head.tensor} ({rows} x {width}, {head.dtype}) from {head.file}")
     names, roles = report.read_tokens(source.tokenizer_folder(), rows)
     kept = np.flatnonzero([role not in options.exclude for role in roles])
-    if imported is not None:
+    if options.every_token:
+        rows_kept = head.weight[kept].astype(np.float32)
+        result = Clustering(rows_kept, np.arange(len(kept), dtype=np.int32), 0.0, 0, True, 0.0)
+    elif imported is not None:
         result = import_centroids(imported, head.weight[kept], options.import_npy)
     else:
         check_options(options.k, len(kept))
@@ -130,7 +134,7 @@ def cluster(options: argparse.Namespace) -> None:
     log(f"{len(result.centroids)} clusters, inertia {result.inertia:.1f}, converged: {result.converged}")
     with atomic_folder(options.output, options.overwrite, "clusters.json") as folder:
         write(folder, options, head, result, labels, names, roles)
-        log("report written")
+        log("folder written")
     if options.export_npy:
         write_npy(options.export_npy, result.centroids, options.overwrite)
     log(f"wrote {options.output}")
@@ -144,8 +148,11 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("--output is missing: give the folder to write")
     if options.device == "auto":
         options.device = "cuda" if options.algorithm == "lloyd" and torch.cuda.is_available() else "cpu"
-    if (options.k is None) == (options.import_npy is None):
-        raise ValueError("give either --k (to cluster) or --import-npy (to take centroids from a file)")
+    if (options.k is not None) + (options.import_npy is not None) + options.every_token != 1:
+        raise ValueError(
+            "give either --k (to cluster), --import-npy (to take centroids from a file) or --every-token (for a head "
+            "of the whole vocabulary)"
+        )
     if options.k is not None:
         check_options(
             options.k,
@@ -177,6 +184,7 @@ def write(
     tensors = {"centroids": torch.from_numpy(result.centroids), "labels": torch.from_numpy(labels)}
     (folder / "clusters.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     sizes = np.bincount(labels[labels >= 0], minlength=k)
+    made = options.k is not None
     facts: dict[str, Any] = {
         "format_version": 1,
         "lens_version": __version__,
@@ -188,9 +196,9 @@ def write(
         "hidden_size": width,
         "vocab_size": len(labels),
         "k": k,
-        "seed": None if options.import_npy else options.seed,
-        "algorithm": "imported" if options.import_npy else options.algorithm,
-        "init": None if options.import_npy else options.init,
+        "seed": options.seed if made else None,
+        "algorithm": options.algorithm if made else "imported" if options.import_npy else "none",
+        "init": options.init if made else None,
         "iterations": result.iterations,
         "converged": result.converged,
         "spherical": options.spherical,
@@ -203,6 +211,8 @@ def write(
         "sizes": sizes.tolist(),
     }
     write_json(folder / "clusters.json", facts)
+    if options.every_token:  # a page of single tokens has nothing to tell
+        return
     distance = np.zeros(len(labels))
     for start in range(0, len(labels), ROWS):
         part = slice(start, start + ROWS)
@@ -252,7 +262,8 @@ def write_npy(path: str, centroids: np.ndarray, overwrite: bool) -> None:
 
 def export_folder(options: argparse.Namespace) -> None:
     """Writes the centroids of an existing clusters folder as .npy."""
-    if options.export_npy is None or options.model or options.output or options.k or options.import_npy:
+    others = (options.model, options.output, options.k, options.import_npy, options.every_token)
+    if options.export_npy is None or any(others):
         raise ValueError("--clusters goes with --export-npy alone")
     check_output(options.export_npy, options.overwrite)
     folder = Path(options.clusters)

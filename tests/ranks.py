@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from train.loss import contrastive_loss
+from train.sparsity import regulariser
 
 
 def main(output: str) -> None:
@@ -33,7 +34,11 @@ def main(output: str) -> None:
     masks = {"keys": keys, "teacher_margin": 0.1}
     scored = contrastive_loss(both[:share], both[share:], teacher[mine], 0.5, 0.7, 1.3, True, **masks)
     taught = contrastive_loss(both[:share], both[share:], None, 0.5, 0.7, 1.3, True, vectors, **masks)
-    (loss.total + scored.total + taught.total).backward()
+    margins = {"distillation": "margin_mse", "contrastive_weight": 0.2}
+    squared = contrastive_loss(both[:share], both[share:], teacher[mine], 0.5, 0.7, 1.3, True, **margins)
+    every = contrastive_loss(both[:share], both[share:], None, 0.5, 0.7, 1.3, True, vectors, **margins)
+    sparse = regulariser("flops", both[:share]) + regulariser("l1", both[share:])
+    (loss.total + scored.total + taught.total + squared.total + every.total + sparse).backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in layer.named_parameters()}, output)
     if world_size > 1:

@@ -104,6 +104,20 @@ def test_excluded_rows_get_no_cluster(tiny: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "clusters.json").read_text())["excluded"] == 9
 
 
+def test_every_token_may_stay_a_dimension_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    assert command("--model", tiny, "--every-token", "--output", tmp_path / "out", "--exclude", "special") == 0
+    found = load_file(tmp_path / "out" / "clusters.safetensors")
+    rows = weights.read_head(weights.Source(str(tiny), None), None).weight
+    labels = found["labels"].numpy()
+    kept = labels >= 0
+    assert 0 < (~kept).sum() < 10
+    assert labels[kept].tolist() == list(range(kept.sum()))
+    assert np.array_equal(found["centroids"].numpy(), rows[kept].astype(np.float32))
+    facts = json.loads((tmp_path / "out" / "clusters.json").read_text())
+    assert (facts["k"], facts["algorithm"], facts["seed"], facts["inertia"]) == (kept.sum(), "none", None, 0.0)
+    assert not (tmp_path / "out" / "clusters.html").exists()
+
+
 def test_overwrite_replaces_and_its_absence_protects(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +139,7 @@ BAD_COMMANDS = [
     ("--model TINY --k 9", "--output is missing"),
     ("--model TINY --output OUT", "either --k"),
     ("--model TINY --k 9 --import-npy a.npy --output OUT", "either --k"),
+    ("--model TINY --k 9 --every-token --output OUT", "either --k"),
     ("--model TINY --k 0 --output OUT", "k is 0"),
     ("--model TINY --k 1 --output OUT", "k is 1"),
     ("--model TINY --k 61 --output OUT", "k is 61, but there are only 60 rows"),

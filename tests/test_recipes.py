@@ -8,7 +8,8 @@ from conftest import ROOT
 from train_helpers import log_of, settings
 
 import lens
-from train.config import Recipe, load_recipe, parse_overrides
+from train.config import Recipe
+from train.overrides import load_recipe, parse_overrides
 from train.run import _changed_files
 from train.run import main as train
 

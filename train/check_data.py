@@ -28,8 +28,9 @@ from lens.config import LensConfig
 from lens.files import check_output, write_json
 from lens.program import interruptible
 from lens.text import TextProcessor, add_special_tokens
-from train.config import OWN_NEGATIVES_TYPES, Recipe, load_recipe
+from train.config import OWN_NEGATIVES_TYPES, Recipe
 from train.data import Example, parse_example, text_key, tokenize
+from train.overrides import load_recipe
 from train.rows import brief
 from train.sampler import Schedule
 from train.sources import DataSet, local_files, open_sources

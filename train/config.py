@@ -5,17 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from lens.config import Pooling, Positions, Prompt, Transform, check_fields
-from train.fields import options_of, read_yaml, typed
+from lens.config import Pooling, Positions, Prompt, Transform
+from train.fields import typed
 
 OWN_NEGATIVES_TYPES = ("symmetric_class", "symmetric_clustering")
 """Another query's passage may share this query's label, so only a query's own negatives count."""
@@ -129,6 +124,26 @@ class Recipe:
     """Weight of the distillation loss beside the contrastive one; 0 switches it off."""
     kd_temperature: float = 1.0
     """Teacher scores are divided by it: 1 for reranker logits, about 0.05 for cosine similarities."""
+    distillation: Literal["kl", "margin_mse"] = "kl"
+    """kl: of the softmax over passages, by temperature and kd_temperature; margin_mse: squared difference of the
+    margins between the positive's and each other passage's score, student's and teacher's, neither of which is divided
+    by its temperature."""
+    contrastive_weight: float = 1.0
+    """Weight of the contrastive loss; 0 leaves distillation alone."""
+    sparsity: Literal["none", "flops", "l1"] = "none"
+    """Regulariser that makes embeddings sparse. flops: the sum over dimensions of the squared mean of the batch's
+    values, which also evens out how often dimensions are used; l1: the mean over texts of the sum of the values. The
+    batch is that of all ranks."""
+    query_sparsity: float = 0.0
+    """Weight of the regulariser on queries."""
+    passage_sparsity: float = 0.0
+    """Weight of the regulariser on passages."""
+    sparsity_warmup_steps: int = 0
+    """Optimizer steps over which both weights rise with the square of the step."""
+    query_top_k: int | None = None
+    """Values of a query's embedding that are kept while training, the largest; None: all."""
+    passage_top_k: int | None = None
+    """Values of a passage's embedding that are kept while training, the largest; None: all."""
 
     epochs: float = 1.0
     """Passes over all data; ignored when max_steps is given."""
@@ -201,7 +216,9 @@ class Recipe:
             "group_size": 1, "batch_size": 1, "gradient_accumulation": 1, "top_layers": 1, "lora_r": 1,
             "lora_alpha": 1, "warmup_steps": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
             "eval_steps": 1, "workers": 0, "mini_batch_tokens": 1, "query_max_length": 4, "document_max_length": 4,
-            "kd_weight": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "shuffle_buffer": 1,
+            "kd_weight": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "shuffle_buffer": 1, "contrastive_weight": 0.0,
+            "query_sparsity": 0.0, "passage_sparsity": 0.0, "sparsity_warmup_steps": 0, "query_top_k": 1,
+            "passage_top_k": 1,
         }  # fmt: skip
         for name, limit in at_least.items():
             value = getattr(self, name)
@@ -226,6 +243,7 @@ class Recipe:
             if self.data.count(source) > 1:
                 raise ValueError(f"data names {source} twice: name it once, with data_weights to see it more often")
         self._check_data()
+        self._check_loss()
         if self.backbone == "frozen":
             if not self.train_head and self.transform in (None, "none"):
                 raise ValueError(
@@ -273,6 +291,19 @@ class Recipe:
             )
         if self.group_size == 1 and not self.in_batch_negatives:
             raise ValueError("group_size=1 contradicts in_batch_negatives=false: no negative is left")
+
+    def _check_loss(self) -> None:
+        if self.contrastive_weight == 0 and self.kd_weight == 0:
+            raise ValueError("contrastive_weight=0 contradicts kd_weight=0: nothing is learnt")
+        weights = self.query_sparsity + self.passage_sparsity
+        if self.sparsity == "none" and weights > 0:
+            raise ValueError("query_sparsity and passage_sparsity need a regulariser: set sparsity to flops or l1")
+        if self.sparsity != "none" and weights == 0:
+            raise ValueError(f"sparsity={self.sparsity} has no weight: set query_sparsity and passage_sparsity above 0")
+        if self.head == "dense":
+            for name, unset in {"sparsity": "none", "query_top_k": None, "passage_top_k": None}.items():
+                if getattr(self, name) != unset:
+                    raise ValueError(f"{name}={getattr(self, name)} contradicts head=dense, which is not sparse")
 
     def _check_data(self) -> None:
         weights = self.data_weights
@@ -328,76 +359,3 @@ class Recipe:
         """The recipe as plain values, for YAML and JSON."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
-
-
-def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a YAML recipe and lays overrides over it.
-
-    Raises FileNotFoundError, or ValueError naming the file and the field: unknown (with the nearest name), of the
-    wrong type, missing, or contradicting another.
-    """
-    values = {**read_yaml(Path(path)), **(overrides or {})}
-    fields = dataclasses.fields(Recipe)
-    try:
-        check_fields(map(str, values), [item.name for item in fields], "recipe")
-        for item in fields:
-            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            if required and values.get(item.name) is None:
-                raise ValueError(f"{item.name} is missing: set it in the recipe or pass --{item.name}")
-        return Recipe(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Turns `--field value ...` and `--field=value` into a mapping; numbers, true, false and null are read as YAML,
-    texts and paths are taken as they stand (`null` and, for lists, `[]` excepted).
-
-    Several values make a list. `--local_rank`, which launchers add, is dropped. Raises ValueError for a value
-    without a field, a field without a value, a list that is given twice, and `-field` with one dash.
-    """
-    overrides: dict[str, Any] = {}
-    name: str | None = None
-    values: dict[str, list[Any]] = {}
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, separator, value = argument[2:].partition("=")
-            name = name.replace("-", "_")
-            if not name:
-                raise ValueError(f"{argument!r} names no field")
-            if name in values and any(typing.get_origin(option) in (tuple, dict) for option in _options(name)):
-                raise ValueError(f"--{name} is given twice: give it once, with all values after it")
-            values[name] = [_value(name, value)] if separator and value else []
-        elif re.match("-[A-Za-z]", argument) and argument != "-inf":
-            raise ValueError(f"{argument!r} begins with one dash, fields with two: --{argument[1:]}")
-        elif name is None:
-            raise ValueError(f"{argument!r} follows no --field")
-        else:
-            values[name].append(_value(name, argument))
-    for field_name, found in values.items():
-        if field_name in ("local_rank", "local-rank"):
-            continue
-        if not found:
-            raise ValueError(f"--{field_name} needs a value")
-        overrides[field_name] = found[0] if len(found) == 1 else found
-    return overrides
-
-
-def _value(name: str, text: str) -> Any:
-    """A command-line value by its field's type: paths and names stay as they are, whatever YAML would make of them."""
-    options = _options(name)
-    if text == "null" and type(None) in options:
-        return None
-    if text == "[]" and any(typing.get_origin(option) is tuple for option in options):
-        return []
-    if not {bool, int, float} & set(options):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _options(name: str) -> tuple[Any, ...]:
-    """The types that a field of the recipe accepts; a string for a name that is none."""
-    return options_of(typing.get_type_hints(Recipe).get(name, str))

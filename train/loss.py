@@ -3,18 +3,21 @@
     contrastive = mean_i -log softmax(q_i . p / temperature)[positive of i]      over all passages p of the batch
     kd = mean_i KL(softmax(teacher_i / kd_temperature) || softmax(q_i . p / temperature))     over i's own passages
 
-(arXiv 2501.09749, section 3.3). A bi-encoder teacher has scores for all passages of the batch, and kd is then taken
-over all of them, like the contrastive part. False negatives can be left out of the contrastive softmax: passages with
-the text of one of the query's positives or of the query itself, and those that the teacher scores above the positive;
-kd sees every passage, because the teacher says what each is worth. The gather carries gradients, so that the
-data-parallel mean over ranks is the gradient of the loss of the whole batch, whatever the number of ranks, and
-`kd_weight` means what it says.
+(arXiv 2501.09749, section 3.3). In place of KL, kd may be MarginMSE, the mean over i's own negatives n of
+((q_i . p - q_i . n) - (teacher_ip - teacher_in))^2 (Hofstaetter et al. 2020, arXiv 2010.02666; SPLADE v2). A bi-encoder
+teacher has scores for all passages of the batch, and kd is then taken over all of them, like the contrastive part.
+
+False negatives can be left out of the contrastive softmax: passages with the text of one of the query's positives or of
+the query itself, and those that the teacher scores above the positive; kd sees every passage, because the teacher says
+what each is worth. The gather carries gradients, so that the data-parallel mean over ranks is the gradient of the loss
+of the whole batch, whatever the number of ranks, and `kd_weight` means what it says.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,6 +36,12 @@ class Loss:
     kd: Tensor
     accuracy: Tensor
     """Share of queries whose positive scores above all other passages."""
+    sparsity: Tensor | None = None
+    """The weighted regularisers, where there are any."""
+
+    def with_sparsity(self, value: Tensor) -> Loss:
+        """The loss with the weighted regularisers added."""
+        return replace(self, total=self.total + value, sparsity=value.detach())
 
 
 class _Gather(torch.autograd.Function):
@@ -71,6 +80,8 @@ def contrastive_loss(
     teacher_vectors: tuple[Tensor, Tensor] | None = None,
     keys: tuple[Tensor, Tensor] | None = None,
     teacher_margin: float | None = None,
+    contrastive_weight: float = 1.0,
+    distillation: Literal["kl", "margin_mse"] = "kl",
 ) -> Loss:
     """Loss of this rank's queries (Q, K) against passages (Q*P, K), each query's own P in a row, positive first.
 
@@ -79,7 +90,8 @@ def contrastive_loss(
     of all ranks, as negatives. `keys` names texts by numbers, those that are no negatives of each query (Q, M), padded
     with -1, and the passages (Q*P,). With `teacher_margin`, passages that the teacher scores above the query's
     positive by more than it are no negatives either; without teacher_vectors this concerns a query's own passages.
-    Raises ValueError when the numbers do not fit.
+    `distillation` says what kd is; margins are taken of undivided scores. Raises ValueError when the numbers do not
+    fit.
     """
     count = len(queries)
     if count == 0 or len(passages) % count:
@@ -121,11 +133,23 @@ def contrastive_loss(
     contrastive = F.cross_entropy(contrasted, target)
     kd = torch.zeros((), device=queries.device)
     if kd_weight > 0 and scores.shape[1] > 1:
+        distil = functools.partial(_distil, kind=distillation, temperature=temperature, kd_temperature=kd_temperature)
         if marks is not None:
-            kd = F.kl_div(scores.log_softmax(1), (marks / kd_temperature).softmax(1), reduction="batchmean")
+            kd = distil(scores, marks, target)
         elif teacher is not None and group > 1:
-            kd = F.kl_div(own.log_softmax(1), (teacher / kd_temperature).softmax(1), reduction="batchmean")
-    total = contrastive + kd_weight * kd
+            kd = distil(own, teacher, torch.zeros_like(target))
+    total = contrastive_weight * contrastive + kd_weight * kd
     with torch.no_grad():
         accuracy = (contrasted.argmax(1) == target).float().mean()
     return Loss(total, contrastive.detach(), kd.detach(), accuracy)
+
+
+def _distil(
+    scores: Tensor, teacher: Tensor, positive: Tensor, kind: str, temperature: float, kd_temperature: float
+) -> Tensor:
+    """kd of scores divided by the temperature (Q, C), the teacher's (Q, C) and the positives' columns (Q,)."""
+    if kind == "kl":
+        return F.kl_div(scores.log_softmax(1), (teacher / kd_temperature).softmax(1), reduction="batchmean")
+    column = positive[:, None]
+    margins, wanted = (s.gather(1, column) - s for s in (scores * temperature, teacher))  # 0 for the positive itself
+    return (margins - wanted).square().sum() / (len(scores) * (scores.shape[1] - 1))

@@ -39,9 +39,10 @@ from lens.program import interruptible
 from lens.text import TextProcessor
 from train.build import build
 from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
-from train.config import Recipe, load_recipe, parse_overrides
+from train.config import Recipe
 from train.data import Batches, TeacherEmbeddings
 from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
+from train.overrides import load_recipe, parse_overrides
 from train.parallel import collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping, ending_workers
 from train.sampler import Schedule

@@ -33,6 +33,7 @@ from train.evaluate import EVALUATION_FILE, best_folder, best_so_far, evaluate
 from train.loss import contrastive_loss
 from train.parallel import SharedMemory, collected
 from train.progress import Progress, Stopping
+from train.sparsity import keep_top, regulariser, warmed_up
 from train.step import QueryPassageModel, cached_backward
 from train.top import TopLayers
 from train.watch import Watch
@@ -117,6 +118,7 @@ class LensTrainer(Trainer):
 
     def _loss(self, inputs: dict[str, Any], queries: Tensor, passages: Tensor) -> Tensor:
         recipe = self.recipe
+        queries, passages = keep_top(queries, recipe.query_top_k), keep_top(passages, recipe.passage_top_k)
         loss = contrastive_loss(
             queries,
             passages,
@@ -128,7 +130,18 @@ class LensTrainer(Trainer):
             inputs["teacher_vectors"],
             None if recipe.mask_false_negatives == "none" else inputs["keys"],
             recipe.false_negative_margin if recipe.mask_false_negatives == "teacher" else None,
+            recipe.contrastive_weight,
+            recipe.distillation,
         )
+        if recipe.sparsity != "none":
+            step = self.state.global_step + 1
+            parts = [(recipe.query_sparsity, queries), (recipe.passage_sparsity, passages)]
+            weighted = [
+                warmed_up(weight, step, recipe.sparsity_warmup_steps) * regulariser(recipe.sparsity, embeddings)
+                for weight, embeddings in parts
+                if weight > 0
+            ]
+            loss = loss.with_sparsity(torch.stack(weighted).sum())
         self.watch.count(loss, queries.detach(), passages.detach(), inputs)
         return loss.total
 

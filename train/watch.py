@@ -43,9 +43,11 @@ class Watch:
         parts = {
             "contrastive": loss.contrastive,
             "kd": loss.kd,
+            **({} if loss.sparsity is None else {"sparsity": loss.sparsity}),
             "accuracy": loss.accuracy,
             "active_per_query": (queries > 0).sum(1).float().mean(),
             "active_per_passage": active.sum(1).float().mean(),
+            "flops": ((queries > 0).float().mean(0) * active.float().mean(0)).sum(),
             "query_cosine": (unit.sum(0).square().sum() - unit.square().sum()) / pairs,
         }
         for name, value in parts.items():

@@ -1,0 +1,136 @@
+"""Regularisers, their warm-up and top-k masking: against naive loops and by hand, cached and on ranks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from train_helpers import FULL, deepspeed, log_of, settings
+
+from train.config import Recipe
+from train.loss import contrastive_loss
+from train.run import main as train
+from train.sparsity import keep_top, regulariser, warmed_up
+
+SPLADE = {**FULL, "normalize": "false", "temperature": 1.0, "learning_rate": 1e-3, "pooling": "max"}
+SPARSE = {"sparsity": "flops", "query_sparsity": 0.3, "passage_sparsity": 0.1, "sparsity_warmup_steps": 4}
+
+
+@pytest.fixture
+def steady(bert_mlm, tmp_path):
+    """BERT with its MLM head, without dropout."""
+    folder = tmp_path / "steady"
+    shutil.copytree(bert_mlm, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_regularisers_equal_naive_loops():
+    torch.manual_seed(0)
+    embeddings = torch.randn(7, 5)
+    rows = embeddings.tolist()
+    flops = sum((sum(abs(row[j]) for row in rows) / 7) ** 2 for j in range(5))
+    l1 = sum(sum(map(abs, row)) for row in rows) / 7
+    assert float(regulariser("flops", embeddings)) == pytest.approx(flops, rel=1e-5)
+    assert float(regulariser("l1", embeddings)) == pytest.approx(l1, rel=1e-5)
+    leaf = embeddings.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(regulariser("flops", leaf), leaf)
+    for n, j in itertools.product(range(7), range(5)):
+        mean = sum(abs(row[j]) for row in rows) / 7
+        assert float(gradient[n, j]) == pytest.approx(2 * mean / 7 * (1 if rows[n][j] > 0 else -1), rel=1e-4)
+
+
+def test_flops_by_hand_prefers_evenly_used_dimensions():
+    alike = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    spread = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    assert [float(regulariser("flops", x)) for x in (alike, spread)] == [4.0, 2.0]
+    assert [float(regulariser("l1", x)) for x in (alike, spread)] == [2.0, 2.0]
+
+
+def test_the_weight_rises_with_the_square_of_the_step():
+    assert [warmed_up(0.8, step, 4) for step in (1, 2, 3, 4, 5, 100)] == pytest.approx([0.05, 0.2, 0.45, 0.8, 0.8, 0.8])
+    assert warmed_up(0.8, 1, 0) == 0.8
+
+
+def test_the_largest_values_stay_and_alone_get_gradients():
+    embeddings = torch.tensor([[1.0, 3.0, 2.0, 0.0], [5.0, 5.0, 5.0, 0.0]]).requires_grad_()
+    kept = keep_top(embeddings, 2)
+    assert kept.tolist() == [[0.0, 3.0, 2.0, 0.0], [5.0, 5.0, 0.0, 0.0]]
+    kept.sum().backward()
+    assert embeddings.grad.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
+    assert keep_top(embeddings, None) is embeddings
+    assert keep_top(embeddings, 4) is embeddings
+
+
+def test_margin_mse_by_hand():
+    queries = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    passages = torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+    teacher = torch.tensor([[5.0, 2.0], [1.0, 0.0]])
+    # margins: 3 - 1 = 2 against 3, and 2 - 4 = -2 against 1
+    loss = contrastive_loss(queries, passages, teacher, 0.1, 0.5, 9.0, True, None, None, None, 0.0, "margin_mse")
+    assert float(loss.kd) == pytest.approx((1 + 9) / 2)
+    assert float(loss.total) == pytest.approx(2.5)
+    # a bi-encoder's margins of all four passages; scores are 3 1 0 0 and 0 0 2 4, the positives' 3 and 2
+    vectors = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [1.0], [4.0], [0.0]])
+    loss = contrastive_loss(queries, passages, None, 0.1, 0.5, 9.0, True, vectors, None, None, 0.0, "margin_mse")
+    wanted = [(2, 1), (3, -2), (3, 2), (2, 2), (2, 3), (-2, 4)]
+    assert float(loss.kd) == pytest.approx(sum((a - b) ** 2 for a, b in wanted) / 6)
+
+
+@pytest.mark.parametrize("budget", [{}, {"mini_batch_tokens": 64}])
+def test_a_run_logs_the_weighted_regulariser_and_ends_sparser(budget, empty, bert_mlm, pairs, tmp_path):
+    common = {**SPLADE, "head": "lexical", "save_steps": 12, "max_steps": 12, **budget}
+    for name, changes in {"plain": {}, "sparse": {**SPARSE, "query_sparsity": 3.0, "passage_sparsity": 3.0}}.items():
+        assert train([empty, *settings(bert_mlm, "null", pairs, tmp_path / name, **common, **changes)]) == 0
+    plain, sparse = log_of(tmp_path / "plain"), log_of(tmp_path / "sparse")
+    assert "sparsity" not in plain[0]
+    for row in sparse:
+        assert row["loss"] == pytest.approx(row["contrastive"] + row["kd"] + row["sparsity"], rel=1e-3)
+    # the same batch and weights at the first step: 3 / 16 of the whole regulariser
+    assert sparse[0]["contrastive"] == pytest.approx(plain[0]["contrastive"], rel=1e-4)
+    assert sparse[-1]["active_per_passage"] < plain[-1]["active_per_passage"] - 1
+
+
+def test_cached_and_whole_batches_learn_the_same(empty, steady, pairs, tmp_path):
+    for name, changes in {"whole": {}, "cached": {"mini_batch_tokens": 64}}.items():
+        arguments = {**SPLADE, **SPARSE, "query_top_k": 6, "max_steps": 3, **changes}
+        assert train([empty, *settings(steady, "null", pairs, tmp_path / name, **arguments)]) == 0
+    for whole, cached in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "cached"), strict=True):
+        for name in ("loss", "sparsity", "grad_norm"):
+            assert cached[name] == pytest.approx(whole[name], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_regularisers_of_one(empty, steady, pairs, tmp_path):
+    arguments = {**SPLADE, **SPARSE, "max_steps": 3}
+    alone = settings(steady, "null", pairs, tmp_path / "one", **arguments)
+    assert train([empty, *alone]) == 0
+    both = settings(steady, "null", pairs, tmp_path / "two", **arguments, deepspeed="zero1")
+    done = deepspeed(empty, both, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for name in ("loss", "sparsity", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": "flops"}, "sparsity=flops has no weight"),
+        ({"query_sparsity": 0.1}, "need a regulariser: set sparsity to flops or l1"),
+        ({"sparsity": "l2", "query_sparsity": 0.1}, "sparsity must be one of none, flops, l1"),
+        ({"contrastive_weight": 0.0, "kd_weight": 0.0}, "nothing is learnt"),
+        ({"passage_top_k": 0}, "passage_top_k must be at least 1, found 0"),
+        ({"passage_sparsity": -0.1}, "passage_sparsity must be at least 0"),
+        ({"distillation": "mse"}, "distillation must be one of kl, margin_mse"),
+        ({"head": "dense", "pooling": "last", "query_top_k": 5}, "query_top_k=5 contradicts head=dense"),
+    ],
+)
+def test_contradictions_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(base="b", data=("d",), output="o", **changes)
