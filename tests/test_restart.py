@@ -212,7 +212,7 @@ def test_workers_never_outlive_an_end_that_was_not_planned(end, empty, mistral, 
             "killed worker": "DataLoader worker",
             "bad row": "`query` must be",
         }
-        assert expected[end] in errors
+        assert expected[end] in errors, process.returncode
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
