@@ -29,6 +29,7 @@ from eval.scoring import Evaluation, System, bm25_system, dense_system, evaluate
 from lens.corpus import Beir, read_beir
 from lens.dense import Dense
 from lens.files import atomic_folder, check_output, require, write_json
+from lens.layout import is_splade
 from lens.program import interruptible
 from lens.search.bm25 import BM25
 
@@ -162,7 +163,7 @@ def model_folders(arguments: Sequence[str]) -> dict[str, str]:
             name, folder = Path(argument).resolve().name, argument
         if not Path(folder).is_dir() and not on_hub(folder):
             raise FileNotFoundError(f"model {folder} is neither a folder nor on the hub")
-        if Path(folder).is_dir() and not (Path(folder) / "lens.json").is_file():
+        if Path(folder).is_dir() and not ((Path(folder) / "lens.json").is_file() or is_splade(Path(folder))):
             raise FileNotFoundError(f"{folder} is no LENS model: it has no lens.json")
         if name in folders or name in BASELINES:
             raise ValueError(f"two systems are named {name!r}: tell them apart with --model NAME={folder}")
@@ -177,11 +178,13 @@ def on_hub(name: str) -> bool:
 
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return False
-    try:
-        hf_hub_download(name, "lens.json")
-    except (OSError, HfHubHTTPError, HFValidationError):
-        return False
-    return True
+    for file in ("lens.json", "modules.json", "config.json"):  # the latter two: SPLADE checkpoints
+        try:
+            hf_hub_download(name, file)
+        except (OSError, HfHubHTTPError, HFValidationError):
+            continue
+        return True
+    return False
 
 
 def read_datasets(

@@ -180,40 +180,6 @@ def _language_model(backbone: Any, base: str) -> nn.Module:
     return model
 
 
-def read_vocabulary_head(
-    wrapper: nn.Module, missing: list[str], facts: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The LM head of a loaded language model as LexicalHead weights, and `facts` (LensConfig fields) that go with it.
-
-    Decoders give their LM head. Encoders give the MLM decoder with bias and transform where the checkpoint has
-    them (BERT, DistilBERT), and their word embeddings where it has not. Raises ValueError for other MLM heads.
-    """
-    output = wrapper.get_output_embeddings()  # type: ignore[operator]
-    state = {"weight": output.weight.detach().float().clone()}
-    facts = {**facts, "dimensions": len(output.weight), "hidden_size": output.weight.shape[1]}
-    inside = set(wrapper.base_model.modules())  # type: ignore[union-attr]
-    own = {name: module for name, module in wrapper.named_modules() if module not in inside and module is not output}
-    dense = {n: m for n, m in own.items() if isinstance(m, nn.Linear)}
-    norms = {n: m for n, m in own.items() if isinstance(m, nn.LayerNorm)}
-    bias_missing = any(key.endswith("bias") for key in missing)
-    if not dense or any(key.startswith(tuple(dense)) for key in missing):
-        if output.bias is not None and not bias_missing:
-            return {**state, "bias": output.bias.detach()}, {**facts, "bias": True}
-        return state, facts
-    kind = wrapper.config.model_type  # type: ignore[union-attr]
-    linear, norm = next(iter(dense.values())), next(iter(norms.values()), None)
-    activation = getattr(wrapper.config, "hidden_act", getattr(wrapper.config, "activation", "gelu"))
-    if len(dense) != 1 or len(norms) != 1 or norm is None or norm.eps != 1e-12 or activation != "gelu":
-        raise ValueError(f"the MLM head of {kind} is not of BERT's form; supported: bert, distilbert, decoders")
-    if facts.get("transform", "mlm") != "mlm":
-        raise ValueError(f"transform={facts['transform']!r} contradicts the MLM head of {kind}, whose form is 'mlm'")
-    state |= {f"transform.dense.{k}": v.detach() for k, v in linear.state_dict().items()}
-    state |= {f"transform.norm.{k}": v.detach() for k, v in norm.state_dict().items()}
-    if output.bias is not None:
-        state["bias"] = output.bias.detach()
-    return state, {**facts, "transform": "mlm", "bias": output.bias is not None}
-
-
 def check_finite(module: nn.Module, source: str) -> None:
     """Raises ValueError naming the first parameter with a NaN or infinite value and where it came from."""
     for name, parameter in module.named_parameters():

@@ -223,6 +223,7 @@ def _about(config: LensConfig) -> str:
         "attention": "bidirectional" if config.bidirectional else "causal",
         "pooling": f"{config.pooling} over {config.positions} positions",
         "similarity": "cosine (embeddings are L2-normalised)" if config.normalize else "inner product",
+        **({"queries": "bags of tokens, without the model"} if config.query_encoder == "bag" else {}),
         "longest query, document": f"{config.query_max_length}, {config.document_max_length} tokens",
     }
     if config.instruction:

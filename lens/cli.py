@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
                 "--compat", choices=("official",), help="embed as the released LENS code does, for its checkpoints"
             )
             sub.add_argument("--instruction", help="instruction of the queries")
+        if name != "card":
+            sub.add_argument("--pooling", choices=("max", "sum"), help="of a SPLADE checkpoint that does not say: max")
         return sub
 
     encode = command(
@@ -140,6 +142,7 @@ def _load(options: argparse.Namespace) -> Any:
         compat=options.compat,
         quantization=options.quantization,
         compile=options.compile,
+        pooling=options.pooling,
     )
 
 
@@ -232,7 +235,7 @@ def _export(options: argparse.Namespace) -> None:
     from lens.model import CONFIG_FILE
 
     check_output(options.output, options.overwrite, CONFIG_FILE)
-    model = lens.load(options.model, "cpu", options.dtype, options.base)
+    model = lens.load(options.model, "cpu", options.dtype, options.base, pooling=options.pooling)
     model.save(options.output, options.include_backbone, options.overwrite)
     print(f"model in {options.output}")
 
@@ -246,7 +249,7 @@ def _card(options: argparse.Namespace) -> None:
 def _push(options: argparse.Namespace) -> None:
     import lens
 
-    model = lens.load(options.model, "cpu", options.dtype, options.base)
+    model = lens.load(options.model, "cpu", options.dtype, options.base, pooling=options.pooling)
     url = model.push_to_hub(options.repo, options.private, options.message, options.revision, options.include_backbone)
     print(f"model at {url}")
 

@@ -13,10 +13,13 @@ FORMAT_VERSION = 1
 Architecture = Literal["decoder", "encoder"]
 Head = Literal["clusters", "vocabulary", "dense"]
 Transform = Literal["none", "mlm", "residual", "context"]
+TransformActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["log1p", "log1p_twice"]
 Pooling = Literal["max", "sum", "last"]
 Positions = Literal["shifted", "content", "all"]
 Prompt = Literal["lens", "plain"]
 Truncation = Literal["text", "tail"]
+QueryEncoder = Literal["model", "bag"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,16 @@ class LensConfig:
     bias: bool = False
     """Whether the head adds a bias (K,) to the logits, as MLM decoders do."""
     transform: Transform = "none"
-    """Layer between hidden states and head: `mlm` = dense, GELU, LayerNorm as in BERT's MLM head;
+    """Layer between hidden states and head: `mlm` = dense, activation, LayerNorm as in BERT's MLM head;
     `residual` = x + dense(GELU(dense(LayerNorm(x)))), which starts as the identity; `context` = x + gate * (mean of
     the text's pooled x), for backbones that were trained to hold a text's meaning in that mean."""
+    transform_activation: TransformActivation = "gelu"
+    """Activation of the `mlm` transform; `gelu_tanh` is GELU's approximation by tanh."""
+    transform_eps: float = 1e-12
+    """What the `mlm` transform's LayerNorm adds to the variance."""
+    activation: Activation = "log1p"
+    """What becomes of a logit x: `log1p` = log(1 + relu(x)); `log1p_twice` = log(1 + log(1 + relu(x))), as in
+    OpenSearch's models of the third generation (arXiv 2504.14839)."""
     pooling: Pooling = "max"
     """How the positions of a text become one vector; `last` takes the text's final position."""
     positions: Positions = "shifted"
@@ -62,6 +72,9 @@ class LensConfig:
     in the released LENS code."""
     normalize: bool = True
     """Whether embeddings are L2-normalised (LENS) or left as they are (SPLADE)."""
+    query_encoder: QueryEncoder = "model"
+    """`model`: queries go through backbone and head, as documents do; `bag`: a query is the bag of its tokens, without
+    a backbone (splade-doc, see lens/bag.py): an instruction then changes nothing."""
 
     def __post_init__(self) -> None:
         for field, kind in _CHOICES.items():
@@ -86,8 +99,13 @@ class LensConfig:
                 f"hidden_size must be at least 1 and dimensions at least 2; found {self.hidden_size} "
                 f"and {self.dimensions}"
             )
+        if type(self.transform_eps) not in (float, int) or not 0 < self.transform_eps < 1:
+            raise ValueError(f"transform_eps must be a number from above 0 to below 1; found {self.transform_eps!r}")
+        if self.activation == "log1p_twice" and self.pooling == "sum":
+            raise ValueError("activation='log1p_twice' contradicts pooling='sum': take pooling='max'")
         if self.head == "dense":
             other = {"pooling": self.pooling != "last", "transform": self.transform != "none", "bias": self.bias}
+            other |= {"activation": self.activation != "log1p", "query_encoder": self.query_encoder != "model"}
             for field in (field for field, contradicts in other.items() if contradicts):
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} contradicts head='dense', which takes the last position's state"
@@ -99,6 +117,13 @@ class LensConfig:
                 raise ValueError("bidirectional=False contradicts architecture='encoder': encoders have no causal mask")
             if self.positions == "shifted":
                 raise ValueError("positions='shifted' contradicts architecture='encoder': use 'content' or 'all'")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that goes through the backbone."""
+        if self.query_encoder == "bag":
+            return self.document_max_length
+        return max(self.query_max_length, self.document_max_length)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -120,10 +145,13 @@ _CHOICES = {
     "architecture": Architecture,
     "head": Head,
     "transform": Transform,
+    "transform_activation": TransformActivation,
+    "activation": Activation,
     "pooling": Pooling,
     "positions": Positions,
     "prompt": Prompt,
     "truncation": Truncation,
+    "query_encoder": QueryEncoder,
 }
 
 

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lens import int8, pipeline
+from lens import bag, int8, pipeline
 from lens.attention import compile_layers
 from lens.compat import is_released, load_released
 from lens.devices import Device, Devices, resolve_device, resolve_devices, resolve_dtype
 from lens.explain import ClusterTokens, Explanation, explain, terms
+from lens.layout import is_splade
 from lens.model import LensModel, build_model, fetch, load_model
 from lens.packed import choose_packed
 from lens.quantized import Quantization
+from lens.splade import SpladePooling, load_splade
 from lens.text import Kind, TextProcessor, check_texts
 from lens.vectors import Array, check_count, check_dims, prune, to_csr, to_dense
 from lens.workers import Pool, split
@@ -180,7 +182,7 @@ class LENS:
         `kind` chooses prompt and maximum length; `instruction` is attended to, not pooled. `dims` keeps those
         columns, `top_k` the largest values of each row; normalised models are normalised again after either.
         `batch_tokens` bounds the tokens of one batch, padding included where there is any. The processes of `pool` do
-        the work where there is one, see `start_multi_process_pool`. A text without tokens gives a zero row.
+        the work where there is one, see `start_multi_process_pool`. A text without pooled tokens gives a zero row.
         Raises TypeError or ValueError naming the offending text or option, and with a pool ChildProcessError naming
         the device whose process died.
         """
@@ -246,10 +248,12 @@ class LENS:
         batch_tokens: int | None,
     ) -> tuple[int, Generator[tuple[list[int], Tensor]]]:
         """About how many batches there are, and each one's rows and embeddings, computed in this process."""
-        packed = self._packs()
+        bags = kind == "query" and self.config.query_encoder == "bag"
+        packed = bags or self._packs()
+        lay_out = bag.lay_out if bags else self.text.pack if packed else self.text.collate
         blocks = pipeline.plan(self.text, texts, kind, instruction, _budget(self.device, batch_tokens), packed)
         first = next(blocks, [])
-        batches = pipeline.prepare(self.text, chain(first, chain.from_iterable(blocks)), packed, self.device)
+        batches = pipeline.prepare(lay_out, chain(first, chain.from_iterable(blocks)), self.device)
         columns = None if dims is None else torch.tensor(dims, device=self.device)
         shrink = functools.partial(prune, dims=columns, top_k=top_k, normalize=self.config.normalize)
 
@@ -261,9 +265,8 @@ class LENS:
 
     def _packs(self) -> bool:
         """Whether texts go through the backbone without padding."""
-        longest = max(self.config.query_max_length, self.config.document_max_length)
         half = self.model.head.weight.dtype in (torch.bfloat16, torch.float16)
-        return choose_packed(self.model.backbone, longest, self.packed, half)
+        return choose_packed(self.model.backbone, self.config.longest, self.packed, half)
 
     def similarity(self, queries: Any, documents: Any) -> NDArray[np.float32]:
         """Inner products (Q, N) of embeddings (Q, K) and (N, K) in any of the output formats."""
@@ -320,6 +323,7 @@ def load(
     quantization: Quantization | Literal["int8"] | None = None,
     compile: bool = False,
     packed: bool | None = None,
+    pooling: SpladePooling | None = None,
 ) -> LENS:
     """Loads a model from a folder or a hub id, on cuda, mps or cpu (the first there is), in eval mode.
 
@@ -333,7 +337,9 @@ def load(
     `packed` lays texts one after another without padding: False never, True or an error, None where the backbone can
     and it pays.
     Checkpoints of the released LENS code are read too; `compat="official"` then embeds as that code does (see
-    docs/compat.md). Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
+    docs/compat.md). So are masked LMs and sparse encoders of sentence-transformers, as SPLADE; `pooling` ("max", "sum")
+    is a masked LM's, which does not say its own (see docs/splade.md).
+    Raises FileNotFoundError, or ValueError naming the file, what was expected and what was found.
     """
     where, *others = resolve_devices(device, quantization)
     if compat not in (None, "official"):
@@ -354,6 +360,10 @@ def load(
         model, tokenizer = load_released(folder, kind, base, attn_implementation, official, where, read)
     elif compat is not None:
         raise ValueError(f"compat={compat!r} is for checkpoints of the released LENS code, and {folder} is none")
+    elif is_splade(folder):
+        model, tokenizer = load_splade(path_or_id, revision, kind, base, attn_implementation, where, read, pooling)
+    elif pooling is not None:
+        raise ValueError(f"pooling={pooling!r} is for SPLADE checkpoints that do not say theirs; {folder} is none")
     else:
         model, tokenizer = load_model(folder, kind, base, None, attn_implementation, where, read)
     if quantization == "int8":

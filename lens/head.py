@@ -9,21 +9,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lens import chunked
 from lens.backends import Backend, choose
-from lens.config import LensConfig, Pooling
+from lens.bag import bag
+from lens.config import Activation, LensConfig, Pooling, TransformActivation
 from lens.int8 import Int8Rows
 
 # Legend: B texts, L tokens, T pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
 
 
-def activate(logits: Tensor) -> Tensor:
-    """log(1 + relu(logits)) in float32."""
-    return torch.log1p(torch.relu(logits.float()))
+def activate(logits: Tensor, activation: Activation = "log1p") -> Tensor:
+    """log(1 + relu(logits)) in float32; with `log1p_twice` log(1 + that)."""
+    once = torch.log1p(torch.relu(logits.float()))
+    return torch.log1p(once) if activation == "log1p_twice" else once
 
 
 def lexical_pool(
@@ -34,8 +39,9 @@ def lexical_pool(
     cu_seqlens: Tensor | None = None,
     pooling: Pooling = "max",
     backend: Backend = "auto",
+    activation: Activation = "log1p",
 ) -> Tensor:
-    """Pools log1p(relu(hidden . weight + bias)) over the positions of each text.
+    """Pools log1p(relu(hidden . weight + bias)), or what `activation` says, over the positions of each text.
 
     Shapes: hidden (B, L, D) with mask (B, L), true where pooled (None: everywhere); or packed hidden (T, D) with
     cu_seqlens (B+1,), the offsets of the texts. weight (K, D), bias (K,). Returns (B, K) float32, differentiable
@@ -49,21 +55,25 @@ def lexical_pool(
     _check(hidden, weight, bias, mask, cu_seqlens)
     if pooling not in ("max", "sum", "last"):
         raise ValueError(f"pooling must be max, sum or last; found {pooling!r}")
+    if activation not in ("log1p", "log1p_twice"):
+        raise ValueError(f"activation must be log1p or log1p_twice; found {activation!r}")
+    if activation == "log1p_twice" and pooling == "sum":
+        raise ValueError("activation='log1p_twice' goes with pooling max and last, not with sum")
     backend = choose(backend, hidden)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
     if backend == "triton" and pooling != "last":
-        return _triton(hidden, weight, bias, mask, cu_seqlens, pooling)
+        return _triton(hidden, weight, bias, mask, cu_seqlens, pooling, activation)
     rows, lengths = _rows(hidden, mask, cu_seqlens)
     if pooling == "last":
-        return _last(rows, lengths, weight, bias)
+        return _last(rows, lengths, weight, bias, activation)
     if backend == "eager":
-        return _eager(rows, lengths, weight, bias, pooling)
+        return _eager(rows, lengths, weight, bias, pooling, activation)
     if pooling == "sum":
         return chunked.sum_pool(rows, weight, bias, lengths)
-    return activate(chunked.max_pool(rows, weight, bias, lengths))
+    return activate(chunked.max_pool(rows, weight, bias, lengths), activation)
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -99,8 +109,10 @@ def _rows(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tup
     return hidden[mask], lengths
 
 
-def _eager(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None, pooling: Pooling) -> Tensor:
-    weights = activate(F.linear(rows, weight, bias))  # (T, K)
+def _eager(
+    rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None, pooling: Pooling, activation: Activation
+) -> Tensor:
+    weights = activate(F.linear(rows, weight, bias), activation)  # (T, K)
     pooled = []
     for text in torch.split(weights, lengths):  # (rows of one text, K)
         if len(text) == 0:
@@ -110,12 +122,12 @@ def _eager(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None
     return torch.stack(pooled) if pooled else weights.new_zeros(0, len(weight))  # (B, K)
 
 
-def _last(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
+def _last(rows: Tensor, lengths: list[int], weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     counts = torch.tensor(lengths, dtype=torch.long, device=rows.device)
     filled = counts > 0
     ends = counts.cumsum(0)[filled] - 1
     pooled = torch.zeros(len(lengths), len(weight), device=rows.device)
-    return pooled.masked_scatter(filled[:, None], activate(F.linear(rows[ends], weight, bias)))  # (B, K)
+    return pooled.masked_scatter(filled[:, None], activate(F.linear(rows[ends], weight, bias), activation))  # (B, K)
 
 
 def last_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -133,6 +145,7 @@ def _triton(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     pooling: Pooling,
+    activation: Activation,
 ) -> Tensor:
     from lens import triton_pool
 
@@ -141,7 +154,7 @@ def _triton(
         hidden, cu_seqlens, lengths = triton_pool.flat(hidden, mask)
     if pooling == "sum":
         return triton_pool.sum_pool(hidden, weight, bias, cu_seqlens, lengths)
-    return activate(triton_pool.max_pool(hidden, weight, bias, cu_seqlens, lengths))
+    return activate(triton_pool.max_pool(hidden, weight, bias, cu_seqlens, lengths), activation)
 
 
 def whitened(weight: Tensor) -> Tensor:
@@ -174,16 +187,25 @@ class NoTransform(nn.Module):
         return hidden
 
 
-class MlmTransform(nn.Module):
-    """BERT's MLM transform, LayerNorm(GELU(dense(x))), (T, D) -> (T, D)."""
+ACTIVATIONS: dict[TransformActivation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
-    def __init__(self, hidden_size: int, eps: float = 1e-12) -> None:
+
+class MlmTransform(nn.Module):
+    """The transform of an MLM head, LayerNorm(activation(dense(x))), (T, D) -> (T, D)."""
+
+    def __init__(self, hidden_size: int, activation: TransformActivation = "gelu", eps: float = 1e-12) -> None:
         super().__init__()
+        self.activation = activation
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-        normed: Tensor = self.norm(F.gelu(self.dense(hidden)))
+        normed: Tensor = self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
         return normed
 
 
@@ -226,7 +248,9 @@ class LexicalHead(nn.Module):
     """The clustered (or full vocabulary) head: optional transform, centroids (K, D), optional bias (K,), pooling.
 
     `labels` (V,) int32 holds the cluster of every token id, -1 for tokens in none. The dense ablation has no
-    centroids: `weight` is (0, D), and the last pooled state (D,) is the embedding.
+    centroids: `weight` is (0, D), and the last pooled state (D,) is the embedding. Where queries are bags of tokens
+    `query_weights` (K,) holds the value of each dimension, 1 until `weigh_queries`; it is not trained unless its
+    requires_grad is set.
     """
 
     labels: Tensor
@@ -234,14 +258,17 @@ class LexicalHead(nn.Module):
     def __init__(self, config: LensConfig, labels: Tensor) -> None:
         super().__init__()
         self.pooling = config.pooling
+        self.activation = config.activation
         self.normalize = config.normalize
         self.backend: Backend = "auto"
         self.dense = config.head == "dense"
         self.weight = nn.Parameter(torch.empty(0 if self.dense else config.dimensions, config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.dimensions)) if config.bias else None
+        bags = config.query_encoder == "bag"
+        self.query_weights = nn.Parameter(torch.ones(config.dimensions), requires_grad=False) if bags else None
         self.transform: nn.Module = NoTransform()
         if config.transform == "mlm":
-            self.transform = MlmTransform(config.hidden_size)
+            self.transform = MlmTransform(config.hidden_size, config.transform_activation, config.transform_eps)
         elif config.transform == "residual":
             self.transform = ResidualTransform(config.hidden_size)
         elif config.transform == "context":
@@ -264,9 +291,42 @@ class LexicalHead(nn.Module):
             pooled = self._pool_int8(states, self.rows, cu_seqlens.diff().tolist())
         else:
             pooled = lexical_pool(
-                states, self.weight, self.bias, cu_seqlens=cu_seqlens, pooling=self.pooling, backend=self.backend
+                states,
+                self.weight,
+                self.bias,
+                cu_seqlens=cu_seqlens,
+                pooling=self.pooling,
+                backend=self.backend,
+                activation=self.activation,
             )
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def bag(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Queries as bags of tokens: ids (T,) of all texts with offsets (B+1,) -> embeddings (B, K) float32,
+        differentiable in `query_weights`. Raises ValueError for a model whose queries are none."""
+        weights = self._query_weights()
+        embeddings = bag(ids, offsets, self.labels, len(weights)) * weights.float()
+        return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
+
+    @torch.no_grad()
+    def weigh_queries(self, weights: Tensor) -> None:
+        """Gives each dimension of queries, as bags of tokens, its weight (K,), such as `lens.bag.idf`.
+
+        Raises ValueError for another shape, for values that are not finite, and as `bag`.
+        """
+        own = self._query_weights()
+        if weights.shape != own.shape:
+            raise ValueError(
+                f"query weights must be ({len(own)},), one for each dimension; found {tuple(weights.shape)}"
+            )
+        if not bool(torch.isfinite(weights).all()):
+            raise ValueError("query weights hold NaN or infinite values")
+        own.copy_(weights)
+
+    def _query_weights(self) -> Tensor:
+        if self.query_weights is None:
+            raise ValueError("queries of this model are no bags of tokens: build it with query_encoder='bag'")
+        return self.query_weights
 
     def quantize(self) -> None:
         """Multiplies in int8 from now on, on a CPU and without gradients (see lens/int8.py)."""
@@ -276,4 +336,4 @@ class LexicalHead(nn.Module):
     def _pool_int8(self, states: Tensor, rows: Int8Rows, lengths: list[int]) -> Tensor:
         if self.pooling == "sum":
             return chunked.reduce_sum(states, rows, self.bias, lengths)
-        return activate(chunked.reduce_max(states, rows, self.bias, lengths)[0])
+        return activate(chunked.reduce_max(states, rows, self.bias, lengths)[0], self.activation)

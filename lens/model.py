@@ -32,7 +32,6 @@ from lens.backbone import (
     load_config,
     load_tokenizer,
     position_limit,
-    read_vocabulary_head,
     resize_vocabulary,
 )
 from lens.card import Facts, model_card, read_facts, write_card
@@ -45,6 +44,7 @@ from lens.merge import save_merged
 from lens.packed import packed_states
 from lens.quantized import Quantization, is_quantized
 from lens.text import add_special_tokens, tagged_prompt
+from lens.vocabulary import read_vocabulary_head
 
 # Legend: B texts, L tokens, T tokens and P pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
 
@@ -87,14 +87,19 @@ class LensModel(nn.Module):
         pooled: Tensor | None = None,
         pool_offsets: Tensor | None = None,
         hidden: Tensor | None = None,
+        bag_ids: Tensor | None = None,
+        bag_offsets: Tensor | None = None,
     ) -> Tensor:
         """Embeddings (B, K) float32 of ids (B, L) under attention_mask (B, L), or of texts one after another, ids (T,)
         with offsets `cu_seqlens` (B+1,) and `lengths` (B) on the host (see lens.packed).
 
         `pooled` (P,) holds the places of the pooled tokens among the B*L or T, `pool_offsets` (B+1,) the texts'
         offsets among them. Instead of ids, `hidden` (P, D) with `pool_offsets` takes the pooled tokens' states that a
-        frozen backbone gave before. Raises ValueError where a part is missing.
+        frozen backbone gave before. `bag_ids` (T,) with `bag_offsets` (B+1,) are queries as bags of tokens, for which
+        the backbone does nothing. Raises ValueError where a part is missing.
         """
+        if bag_ids is not None and bag_offsets is not None:
+            return self.head.bag(bag_ids, bag_offsets)
         if hidden is None:
             hidden = self.pooled_states(input_ids, attention_mask, cu_seqlens, lengths, pooled)
         if pool_offsets is None:
@@ -267,7 +272,7 @@ def load_model(
             ) from error
     model = LensModel(backbone, head, config)
     limit = position_limit(backbone)
-    if limit is not None and max(config.query_max_length, config.document_max_length) > limit:
+    if limit is not None and config.longest > limit:
         raise ValueError(f"{folder / CONFIG_FILE}: lengths exceed the {limit} positions of the backbone {place}")
     rows = backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if len(head.labels) > rows:
@@ -394,7 +399,8 @@ def build_model(
                 raise ValueError(f"{clusters}: {error}; whiten: false takes them as they are") from error
     backbone_vocabulary = backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     limit = position_limit(backbone)
-    for name in ("query_max_length", "document_max_length"):
+    bag = facts.get("query_encoder") == "bag"  # of which the backbone sees nothing
+    for name in ("document_max_length",) if bag else ("query_max_length", "document_max_length"):
         if limit is not None and settings.get(name, 0) > limit:
             raise ValueError(f"{name}={settings[name]} is more than the {limit} positions that {base} was trained with")
         if limit is not None:

@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lens.text import Kind, TextProcessor, Tokens, token_batches
+from lens.bag import BagBatch
+from lens.text import Batch as PaddedBatch
+from lens.text import Kind, PackedBatch, TextProcessor, Tokens, token_batches
 
 # Legend: B texts of a batch, K clusters.
 
@@ -56,13 +58,18 @@ def plan(
     yield from ahead(blocks) if len(texts) > BLOCK else blocks
 
 
-def prepare(text: TextProcessor, batches: Iterable[Batch], packed: bool, device: torch.device) -> Generator[Prepared]:
-    """Batches as the model's arguments on `device`; on a GPU the next one is sent ahead, in the caller's stream."""
+def prepare(
+    lay_out: Callable[[Sequence[Tokens]], PaddedBatch | PackedBatch | BagBatch],
+    batches: Iterable[Batch],
+    device: torch.device,
+) -> Generator[Prepared]:
+    """Batches, each laid out, as the model's arguments on `device`; on a GPU the next one is sent ahead, in the
+    caller's stream."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def send(batch: Batch) -> Prepared:
         rows, tokens = batch
-        laid_out = text.pack(tokens) if packed else text.collate(tokens)
+        laid_out = lay_out(tokens)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             return rows, laid_out.inputs(device)
 

@@ -146,7 +146,8 @@ class LensModule(InputModule):  # type: ignore[misc]
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any
     ) -> dict[str, Tensor]:
-        """Texts to `input_ids`, `attention_mask` and `pool_mask` (B, L).
+        """Texts to `input_ids`, `attention_mask` and `pool_mask` (B, L), and where queries are bags of tokens to `bag`
+        (B,), true for these.
 
         A text is a query when `task` says so or, without a task, when it has a prompt; else a document. `prompt` is
         `<query>`, `<instruct>{instruction}\\n<query>`, or an instruction alone. Without task and prompt, a text may
@@ -171,7 +172,10 @@ class LensModule(InputModule):  # type: ignore[misc]
         batch = self.text.collate([tokens[row] for row in range(len(texts))])
         mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # whose rows losses with gradient caching may cut
         mask.view(-1)[batch.pooled] = True
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pool_mask": mask}
+        features = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pool_mask": mask}
+        if self.model.config.query_encoder == "bag":
+            features["bag"] = torch.tensor([kind == "query" for kind, _, _ in asked])
+        return features
 
     def forward(self, features: dict[str, Any], max_active_dims: int | None = None) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, K) float32; `max_active_dims` keeps the largest values as `top_k` of LENS does.
@@ -179,6 +183,25 @@ class LensModule(InputModule):  # type: ignore[misc]
         Texts go through the backbone without their padding where it can take them so and it pays, see lens.packed.
         Raises FloatingPointError in eval mode when values are not finite.
         """
+        bags = features.get("bag")
+        if bags is None:
+            embeddings = self._embed(features)
+        else:
+            ids, mask = features["input_ids"][bags], features["attention_mask"][bags].bool()
+            queries = self.model.head.bag(ids[mask], F.pad(mask.sum(1).cumsum(0), (1, 0)))
+            rest = {name: features[name][~bags] for name in ("input_ids", "attention_mask", "pool_mask")}
+            parts = [queries] if bool(bags.all()) else [queries, self._embed(rest)]
+            embeddings = torch.cat(parts)[(~bags).long().argsort(stable=True).argsort()]
+        if not self.training and not bool(torch.isfinite(embeddings).all()):
+            raise FloatingPointError(
+                "embeddings hold NaN or infinite values: load with model_kwargs={'dtype': 'bfloat16'} or 'float32'"
+            )
+        if max_active_dims is not None:
+            embeddings = prune(embeddings, None, max_active_dims, self.model.config.normalize)
+        return {**features, "sentence_embedding": embeddings}
+
+    def _embed(self, features: dict[str, Any]) -> Tensor:
+        """Embeddings (B, K) of texts that go through the backbone."""
         ids, mask, pool_mask = features["input_ids"], features["attention_mask"].bool(), features["pool_mask"]
         head, lengths = self.model.head, mask.sum(1)
         half = head.weight.dtype in (torch.bfloat16, torch.float16)
@@ -189,14 +212,8 @@ class LensModule(InputModule):  # type: ignore[misc]
         else:
             hidden = hidden_states(self.model.backbone, ids, features["attention_mask"])
             where = {"mask": pool_mask}
-        embeddings = head(hidden.to(head.weight.dtype), **where)
-        if not self.training and not bool(torch.isfinite(embeddings).all()):
-            raise FloatingPointError(
-                "embeddings hold NaN or infinite values: load with model_kwargs={'dtype': 'bfloat16'} or 'float32'"
-            )
-        if max_active_dims is not None:
-            embeddings = prune(embeddings, None, max_active_dims, self.model.config.normalize)
-        return {**features, "sentence_embedding": embeddings}
+        embeddings: Tensor = head(hidden.to(head.weight.dtype), **where)
+        return embeddings
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Writes the whole artifact; sentence-transformers calls it, after it wrote its own configuration.

@@ -25,12 +25,13 @@ from lens.config import LensConfig
 
 SPECIAL_TOKENS = ("<instruct>", "<query>", "<response>")
 Kind = Literal["query", "document"]
-_tokenizing = threading.Lock()  # fast tokenizers keep truncation as state, which another thread would change
+tokenizing = threading.Lock()  # fast tokenizers keep truncation as state, which another thread would change
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One text: its token ids, special tokens included, and the half-open span of pooled positions."""
+    """One text: its token ids, special tokens included, and the half-open span of pooled positions; of a query that is
+    a bag of tokens, the text's own tokens alone."""
 
     ids: list[int]
     start: int
@@ -67,7 +68,11 @@ class PackedBatch:
 
 
 def _inputs(batch: Any, device: torch.device | None) -> dict[str, Any]:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return move({field.name: getattr(batch, field.name) for field in fields(batch)}, device)
+
+
+def move(values: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
+    """The same values, tensors on `device` (None: where they are)."""
     if device is None:
         return values
     gpu = device.type == "cuda"
@@ -127,13 +132,15 @@ class TextProcessor:
     def __call__(self, texts: Sequence[str], kind: Kind = "document", instruction: str | None = None) -> list[Tokens]:
         """Tokenises `texts`; ids longer than the limit of their kind lose what LensConfig.truncation says.
 
-        An empty text has an empty span. Raises TypeError and ValueError as `check_texts`, and ValueError when the
-        instruction leaves no room for text.
+        An empty text has an empty span, unless every position is pooled. Raises TypeError and ValueError as
+        `check_texts`, and ValueError when the instruction leaves no room for text.
         """
         texts = check_texts(texts)
         if not texts:
             return []
         limit = self.config.query_max_length if kind == "query" else self.config.document_max_length
+        if kind == "query" and self.config.query_encoder == "bag":
+            return [Tokens(ids, 0, len(ids)) for ids in self._encode(texts, limit)["input_ids"]]
         prompt = self._prompt(kind, instruction)
         prompt_length = len(self._encode([prompt], None)["input_ids"][0]) if prompt else 0
         room = limit - len(self.prefix) - len(self.suffix)
@@ -159,7 +166,7 @@ class TextProcessor:
         return f"{instruction} " if instruction else ""
 
     def _encode(self, texts: list[str], room: int | None) -> Any:
-        with _tokenizing:
+        with tokenizing:
             return self.tokenizer(
                 texts,
                 add_special_tokens=False,
@@ -174,15 +181,15 @@ class TextProcessor:
     def _span(self, content: list[int], content_start: int, limit: int) -> Tokens:
         ids = [*self.prefix, *content, *self.suffix][:limit]
         content_end = len(ids) - len(self.suffix)
+        if self.config.positions == "all" and self.config.pooling != "last":
+            return Tokens(ids, 0, len(ids))
         if content_end <= content_start:
             return Tokens(ids, 0, 0)
         if self.config.pooling == "last":
             return Tokens(ids, len(ids) - 1, len(ids))
         if self.config.positions == "shifted":
             return Tokens(ids, max(content_start - 1, 0), content_end - 1)
-        if self.config.positions == "content":
-            return Tokens(ids, content_start, content_end)
-        return Tokens(ids, 0, len(ids))
+        return Tokens(ids, content_start, content_end)
 
     def collate(self, tokens: Sequence[Tokens]) -> Batch:
         """Pads Tokens on the right to the longest of them."""

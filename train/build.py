@@ -61,7 +61,8 @@ def make_trainable(model: LensModel, tokenizer: Any, recipe: Recipe) -> None:
     if recipe.backbone == "lora":
         backbone = model.backbone = _add_lora(model, tokenizer, recipe)
     for name, parameter in model.head.named_parameters():
-        parameter.requires_grad_(recipe.train_head or name.startswith("transform."))
+        trained = recipe.train_head and name != "query_weights"
+        parameter.requires_grad_(trained or name.startswith("transform."))
     if recipe.gradient_checkpointing:
         backbone.gradient_checkpointing_enable(**checkpointing)
 
