@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from train_helpers import FULL, deepspeed, log_of, settings
 
+import lens
 from train.config import Recipe
 from train.loss import contrastive_loss
 from train.run import main as train
@@ -128,9 +132,59 @@ def test_two_ranks_give_the_regularisers_of_one(empty, steady, pairs, tmp_path):
         ({"passage_top_k": 0}, "passage_top_k must be at least 1, found 0"),
         ({"passage_sparsity": -0.1}, "passage_sparsity must be at least 0"),
         ({"distillation": "mse"}, "distillation must be one of kl, margin_mse"),
+        ({"query_idf": True}, "query_idf=true contradicts query_encoder=model"),
+        ({"query_idf": True, "query_encoder": "bag", "streaming": True}, "query_idf=true contradicts streaming=true"),
+        ({"query_encoder": "bag", "query_top_k": 3}, "contradict query_encoder=bag: nothing of queries is learnt"),
         ({"head": "dense", "pooling": "last", "query_top_k": 5}, "query_top_k=5 contradicts head=dense"),
     ],
 )
 def test_contradictions_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         Recipe(base="b", data=("d",), output="o", **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mini_batch_tokens": 64}, {"query_idf": "true"}])
+def test_queries_as_bags_are_learnt_against(changes, empty, steady, pairs, tmp_path):
+    output = tmp_path / "run"
+    arguments = {**SPLADE, "query_encoder": "bag", "sparsity": "flops", "passage_sparsity": 0.1, "max_steps": 4}
+    assert train([empty, *settings(steady, "null", pairs, output, **{**arguments, **changes})]) == 0
+    model = lens.load(output, device="cpu")
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    bags = [set(model.tokenizer(row["query"], add_special_tokens=False)["input_ids"]) for row in rows]
+    found = model.encode_queries([row["query"] for row in rows])
+    if "query_idf" in changes:
+        texts = {text for row in rows for text in (*row["pos"], *row["neg"])}
+        seen = Counter(
+            token for text in texts for token in set(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
+        worth = {
+            token: math.log1p((len(texts) - seen[token] + 0.5) / (seen[token] + 0.5)) for bag in bags for token in bag
+        }
+    else:
+        worth = dict.fromkeys((token for bag in bags for token in bag), 1.0)
+    for bag, row in zip(bags, found, strict=True):
+        assert set(row.nonzero()[0]) == bag
+        assert all(row[token] == pytest.approx(worth[token], rel=1e-5) for token in bag)
+    log = log_of(output)
+    assert log[0]["active_per_query"] == pytest.approx(sum(map(len, bags)) / len(bags), rel=0.5)
+    assert log[-1]["contrastive"] != log[0]["contrastive"]
+
+
+def test_bags_of_cached_and_whole_batches_learn_the_same(empty, steady, pairs, tmp_path):
+    arguments = {**SPLADE, "query_encoder": "bag", "max_steps": 3}
+    for name, changes in {"whole": {}, "cached": {"mini_batch_tokens": 64}}.items():
+        assert train([empty, *settings(steady, "null", pairs, tmp_path / name, **arguments, **changes)]) == 0
+    for whole, cached in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "cached"), strict=True):
+        for name in ("loss", "grad_norm", "active_per_query"):
+            assert cached[name] == pytest.approx(whole[name], rel=1e-3)
+
+
+def test_states_of_bags_are_not_computed(empty, bert, bert_clusters, pairs, tmp_path):
+    arguments = {"backbone": "frozen", "transform": "residual", "train_head": "true", "query_encoder": "bag"}
+    assert train([empty, *settings(bert, bert_clusters, pairs, tmp_path / "run", max_steps=2, **arguments)]) == 0
+    model = lens.load(tmp_path / "run", device="cpu")
+    (row,) = model.encode_queries(["fox dog"])
+    labels = model.model.head.labels
+    ids = model.tokenizer("fox dog", add_special_tokens=False)["input_ids"]
+    assert set(row.nonzero()[0]) == {int(labels[token]) for token in ids}
+    assert len(set(row[row > 0])) == 1  # of unit length

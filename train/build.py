@@ -21,7 +21,7 @@ def build(recipe: Recipe) -> tuple[LensModel, Any]:
     settings: dict[str, Any] = {
         name: getattr(recipe, name)
         for name in (
-            "revision", "transform", "pooling", "positions", "prompt", "bidirectional", "normalize",
+            "revision", "transform", "pooling", "positions", "prompt", "query_encoder", "bidirectional", "normalize",
             "query_max_length", "document_max_length",
         )
         if getattr(recipe, name) is not None

@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lens.config import Pooling, Positions, Prompt, Transform
+from lens.config import Pooling, Positions, Prompt, QueryEncoder, Transform
 from train.fields import typed
 
 OWN_NEGATIVES_TYPES = ("symmetric_class", "symmetric_clustering")
@@ -60,6 +60,10 @@ class Recipe:
     """Pooled positions, see LensConfig; None: shifted for decoders, content for encoders."""
     prompt: Prompt | None = None
     """Prompt form, see LensConfig; None: lens for decoders, plain for encoders."""
+    query_encoder: QueryEncoder = "model"
+    """bag: a query is the bag of its tokens, for which no model is run (splade-doc)."""
+    query_idf: bool = False
+    """Whether the tokens of bags are weighted by their inverse document frequency in the training passages."""
     bidirectional: bool = True
     """Whether a decoder's causal mask is lifted."""
     normalize: bool = True
@@ -293,6 +297,14 @@ class Recipe:
             raise ValueError("group_size=1 contradicts in_batch_negatives=false: no negative is left")
 
     def _check_loss(self) -> None:
+        bag = self.query_encoder == "bag"
+        if self.query_idf and (not bag or self.streaming):
+            other = "streaming=true, whose passages are not at hand" if bag else "query_encoder=model"
+            raise ValueError(f"query_idf=true contradicts {other}")
+        if bag and (self.query_sparsity > 0 or self.query_top_k is not None):
+            raise ValueError(
+                "query_sparsity and query_top_k contradict query_encoder=bag: nothing of queries is learnt"
+            )
         if self.contrastive_weight == 0 and self.kd_weight == 0:
             raise ValueError("contrastive_weight=0 contradicts kd_weight=0: nothing is learnt")
         weights = self.query_sparsity + self.passage_sparsity

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lens.bag import lay_out
 from lens.files import read_tensors
 from lens.text import TextProcessor, Tokens, token_batches
 from train.config import ALIASES, OWN_NEGATIVES_TYPES, TYPES
@@ -232,8 +233,12 @@ class Batches(Dataset[dict[str, Any]]):
 
     def _texts(self, queries: list[Key], passages: list[Key]) -> dict[str, Any]:
         """`queries`, `passages` and `mini_batches` as QueryPassageModel takes them."""
+        bags = None
+        if self.text.config.query_encoder == "bag":
+            bags, queries = lay_out(tokenize(self.text, queries)).inputs(), []
         if self.mini_batch_tokens is None:
-            return {"queries": self._inputs(queries), "passages": self._inputs(passages), "mini_batches": None}
+            found = self._inputs(queries) if bags is None else bags
+            return {"queries": found, "passages": self._inputs(passages), "mini_batches": None}
         texts = [*queries, *passages]
         if self.store is not None:
             parts = token_batches(self.store.lengths(texts), self.mini_batch_tokens, self.packed)
@@ -244,7 +249,8 @@ class Batches(Dataset[dict[str, Any]]):
             inputs = [self._collate([tokens[i] for i in part]) for part in parts]
         places = torch.empty(len(texts), dtype=torch.long)
         places[torch.tensor([i for part in parts for i in part])] = torch.arange(len(texts))
-        return {"queries": places[: len(queries)], "passages": places[len(queries) :], "mini_batches": inputs}
+        found = places[: len(queries)] if bags is None else bags
+        return {"queries": found, "passages": places[len(queries) :], "mini_batches": inputs}
 
     def _inputs(self, texts: list[Key]) -> dict[str, Any]:
         if self.store is not None:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from lens.files import read_json, require
+from train.config import Recipe
 
 _AUTO = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -117,3 +118,22 @@ def collected(module: nn.Module, every: bool = True) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(scattered):
         yield
+
+
+def check_stage(recipe: Recipe, stage: int) -> None:
+    """Raises ValueError naming the fields that ZeRO stage 3, which scatters weights over the ranks, cannot serve."""
+    if stage < 3:
+        return
+    if recipe.backbone == "lora" and recipe.train_special_tokens:
+        raise ValueError(
+            "train_special_tokens=true contradicts ZeRO stage 3, which scatters the rows it trains: set it to false, "
+            "or take zero2"
+        )
+    if recipe.quantization is not None:
+        raise ValueError(f"quantization={recipe.quantization} contradicts ZeRO stage 3: take zero2")
+    if recipe.backbone == "top":
+        raise ValueError("backbone=top contradicts ZeRO stage 3: take zero2")
+    if recipe.query_encoder == "bag":
+        raise ValueError("query_encoder=bag contradicts ZeRO stage 3: take zero2")
+    if recipe.eval_data:
+        raise ValueError("eval_data contradicts ZeRO stage 3: take zero2, or evaluate the finished model")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
 
+from lens.bag import idf
 from lens.card import Facts, recipe_facts
 from lens.devices import resolve_device
 from lens.files import check_output, read_json, write_json
@@ -43,10 +44,10 @@ from train.config import Recipe
 from train.data import Batches, TeacherEmbeddings
 from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
 from train.overrides import load_recipe, parse_overrides
-from train.parallel import collected, deepspeed_config, stage_of, whole_weights
+from train.parallel import check_stage, collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping, ending_workers
 from train.sampler import Schedule
-from train.sources import DataSet, local_files, make_schedule, read_sources
+from train.sources import DataSet, distinct_passages, local_files, make_schedule, read_sources
 from train.states import compute_states, keys_of
 from train.top import TopLayers
 from train.trainer import LensTrainer
@@ -134,8 +135,10 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     set_seed(recipe.seed)
     with whole_weights(arguments):
         model, tokenizer = build(recipe)
-    longest = max(model.config.query_max_length, model.config.document_max_length)
-    packed = choose_packed(model.backbone, longest, recipe.packed, half=recipe.precision != "fp32")
+    if recipe.query_idf:
+        labels, dimensions = model.head.labels, model.config.dimensions
+        model.head.weigh_queries(idf(distinct_passages(sources), tokenizer, labels, dimensions))
+    packed = choose_packed(model.backbone, model.config.longest, recipe.packed, half=recipe.precision != "fp32")
     top = TopLayers(model.backbone, recipe.top_layers, packed) if recipe.backbone == "top" else None
     text = TextProcessor(tokenizer, model.config)
     check_prompts(text, sources)
@@ -149,7 +152,8 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     if recipe.backbone in ("frozen", "top") and recipe.cache_hidden:
         model.backbone.to(arguments.device)
         with arguments.main_process_first(local=False):
-            store = compute_states(model, text, keys_of(sources), output / STATES_FILE, top, packed=packed)
+            keys = keys_of(sources, queries=recipe.query_encoder == "model")
+            store = compute_states(model, text, keys, output / STATES_FILE, top, packed=packed)
     batches = Batches(
         sources,
         schedule,
@@ -315,23 +319,6 @@ def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:
     # One process takes one GPU: torch's DataParallel would cut packed batches apart.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def check_stage(recipe: Recipe, stage: int) -> None:
-    """Raises ValueError naming the fields that ZeRO stage 3, which scatters weights over the ranks, cannot serve."""
-    if stage < 3:
-        return
-    if recipe.backbone == "lora" and recipe.train_special_tokens:
-        raise ValueError(
-            "train_special_tokens=true contradicts ZeRO stage 3, which scatters the rows it trains: set it to false, "
-            "or take zero2"
-        )
-    if recipe.quantization is not None:
-        raise ValueError(f"quantization={recipe.quantization} contradicts ZeRO stage 3: take zero2")
-    if recipe.backbone == "top":
-        raise ValueError("backbone=top contradicts ZeRO stage 3: take zero2")
-    if recipe.eval_data:
-        raise ValueError("eval_data contradicts ZeRO stage 3: take zero2, or evaluate the finished model")
 
 
 def finish(model: LensModel, tokenizer: Any, recipe: Recipe, output: Path) -> None:

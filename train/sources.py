@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from lens.files import require
 from train.config import Recipe
-from train.data import Example, parse_example
+from train.data import Example, parse_example, text_key
 from train.rows import Rows, Stream, Table, brief, local_rows
 from train.sampler import Schedule
 
@@ -215,6 +215,18 @@ def _hub_sets(
             f"{source} is no file or folder here, and reading it from the hub failed: {brief(error)}"
         ) from error
     return found
+
+
+def distinct_passages(sources: Sequence[Sequence[Example]]) -> Iterator[str]:
+    """Every positive and negative of the sources, each text once; their hashes are held in memory."""
+    seen: set[int] = set()
+    for source in sources:
+        for example in source:
+            for passage in (*example.pos, *example.neg):
+                key = text_key(passage)
+                if key not in seen:
+                    seen.add(key)
+                    yield passage
 
 
 def make_schedule(recipe: Recipe, sources: list[DataSet]) -> Schedule:

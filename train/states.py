@@ -27,13 +27,15 @@ from train.top import TopLayers
 # Legend: B texts, T kept tokens of all texts, D hidden size.
 
 
-def keys_of(sources: Sequence[Sequence[Example]]) -> list[Key]:
-    """Every distinct (text, kind, instruction) that training on `sources` can ask for, in order."""
+def keys_of(sources: Sequence[Sequence[Example]], queries: bool = True) -> list[Key]:
+    """Every distinct (text, kind, instruction) that training on `sources` can ask for, in order, without `queries` of
+    passages alone."""
 
     def walk() -> Iterable[Key]:
         for source in sources:
             for example in source:
-                yield example.query, "query", example.prompt
+                if queries:
+                    yield example.query, "query", example.prompt
                 instruction = example.prompt if example.symmetric else None
                 for passage in (*example.pos, *example.neg):
                     yield passage, "document", instruction

@@ -41,10 +41,13 @@ class QueryPassageModel(nn.Module):
         """Embeddings of the queries (Q, K) and of the passages (Q*P, K).
 
         `queries` and `passages` are inputs of LensModel, or of `top`; with `mini_batches`, which then hold the inputs,
-        they are the places (Q,) and (Q*P,) of their texts in the mini-batches one after another.
+        they are the places (Q,) and (Q*P,) of their texts in the mini-batches one after another. Queries that are bags
+        of tokens are in no mini-batch, and always inputs.
         """
         if mini_batches is None:
             return self._embed(**queries), self._embed(**passages)
+        if isinstance(queries, dict):
+            return self._embed(**queries), self.forward(passages[:0], passages, mini_batches)[1]
         # As one argument: only from positional ones does torch see whose random numbers it must keep.
         parts = [checkpoint(self._run, part, use_reentrant=False) for part in mini_batches[:-1]]
         parts.append(self._run(mini_batches[-1]))  # the backward pass comes to its activations at once
@@ -56,6 +59,9 @@ class QueryPassageModel(nn.Module):
         return self._embed(**inputs)
 
     def _embed(self, **inputs: Any) -> Tensor:
+        if "bag_ids" in inputs:
+            bags: Tensor = self.model(**inputs)
+            return bags
         embeddings: Tensor = self.model(hidden=self.states(**inputs), pool_offsets=inputs["pool_offsets"])
         return embeddings
 
