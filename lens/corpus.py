@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,36 +35,57 @@ def find_file(folder: str | os.PathLike[str], stem: str) -> Path:
 
 
 def read_texts(path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """Reads ids and texts from a .txt file (one text a line, ids are line numbers), a .jsonl(.gz) file, or the
-    corpus of a BEIR folder.
+    """Ids and texts of a file or folder as `stream_texts` takes it, all in memory.
+
+    Raises what that raises, and ValueError "FILE:LINE: ..." for a row that repeats an id.
+    """
+    texts: dict[str, str] = {}
+    first_line: dict[str, int] = {}
+    path = texts_file(path)
+    for number, name, text in stream_texts(path):
+        if name in texts:
+            raise ValueError(repeated_id(path, number, name, first_line[name]))
+        texts[name] = text
+        first_line[name] = number
+    return list(texts), list(texts.values())
+
+
+def stream_texts(path: str | os.PathLike[str]) -> Iterator[tuple[int, str, str]]:
+    """Yields (line number from 1, id, text) of a .txt file (one text a line, ids are line numbers), of a .jsonl(.gz)
+    file, or of the corpus of a BEIR folder; one row is in memory at a time.
 
     A jsonl row needs `_id` (or `id`) and `text`; `title`, where present, goes before the text.
-    Raises FileNotFoundError, and ValueError "FILE:LINE: ..." for a row that is malformed or repeats an id.
+    Raises FileNotFoundError, and ValueError "FILE:LINE: ..." for a row that is malformed.
     """
+    path = texts_file(path)
+    if ".jsonl" not in path.suffixes:
+        for number, line in read_lines(path):
+            yield number, str(number), line
+        return
+    for number, row in read_jsonl(path):
+        name = row.get("_id", row.get("id"))
+        if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+            raise ValueError(f"{path}:{number}: no usable `_id` (found {name!r}); give each row a unique string")
+        parts = [row.get("title") or "", row.get("text")]
+        if not all(isinstance(part, str) for part in parts):
+            found = {key: type(row.get(key)).__name__ for key in ("title", "text")}
+            raise ValueError(f"{path}:{number}: `text` (and `title`) must be strings, found {found}")
+        yield number, str(name), " ".join(str(part) for part in parts if part)
+
+
+def texts_file(path: str | os.PathLike[str]) -> Path:
+    """A file of texts: `path` itself, or the corpus of a BEIR folder; raises FileNotFoundError."""
     path = Path(path)
     if path.is_dir():
         path = find_file(path, "corpus")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    if ".jsonl" not in path.suffixes:
-        rows = [(str(number), line) for number, line in read_lines(path)]
-        return [name for name, _ in rows], [text for _, text in rows]
-    texts: dict[str, str] = {}
-    first_line: dict[str, int] = {}
-    for number, row in read_jsonl(path):
-        name = row.get("_id", row.get("id"))
-        if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-            raise ValueError(f"{path}:{number}: no usable `_id` (found {name!r}); give each row a unique string")
-        name = str(name)
-        if name in texts:
-            raise ValueError(f"{path}:{number}: `_id` {name!r} was already used in line {first_line[name]}")
-        parts = [row.get("title") or "", row.get("text")]
-        if not all(isinstance(part, str) for part in parts):
-            found = {key: type(row.get(key)).__name__ for key in ("title", "text")}
-            raise ValueError(f"{path}:{number}: `text` (and `title`) must be strings, found {found}")
-        texts[name] = " ".join(str(part) for part in parts if part)
-        first_line[name] = number
-    return list(texts), list(texts.values())
+    return path
+
+
+def repeated_id(path: Path, number: int, name: str, first: int) -> str:
+    """What is wrong with an id that two lines of a file bear."""
+    return f"{path}:{number}: `_id` {name!r} was already used in line {first}"
 
 
 def read_qrels(
@@ -119,12 +140,9 @@ def read_qrels(
     return qrels
 
 
-def read_beir(folder: str | os.PathLike[str], split: str | None = None, skip_unknown: bool = False) -> Beir:
-    """Reads a BEIR folder with the judgements of one split (default: test, else dev, else the only one).
-
-    Queries without a judgement are dropped. Raises FileNotFoundError for what is missing, and ValueError
-    "FILE:LINE: ..." for what is malformed or, unless `skip_unknown`, judges unknown ids.
-    """
+def qrels_file(folder: str | os.PathLike[str], split: str | None = None) -> Path:
+    """The judgements of one split of a BEIR folder (default: test, else dev, else the only one); raises
+    FileNotFoundError for a folder that is none and for a split that it lacks."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: expected one in BEIR layout")
@@ -135,9 +153,20 @@ def read_beir(folder: str | os.PathLike[str], split: str | None = None, skip_unk
         split = next((name for name in ("test", "dev") if name in splits), splits[0])
     if split not in splits:
         raise FileNotFoundError(f"{folder}/qrels has no {split}.tsv; found {', '.join(splits)}")
+    return folder / "qrels" / f"{split}.tsv"
+
+
+def read_beir(folder: str | os.PathLike[str], split: str | None = None, skip_unknown: bool = False) -> Beir:
+    """Reads a BEIR folder with the judgements of one split (default: test, else dev, else the only one).
+
+    Queries without a judgement are dropped. Raises FileNotFoundError for what is missing, and ValueError
+    "FILE:LINE: ..." for what is malformed or, unless `skip_unknown`, judges unknown ids.
+    """
+    path = qrels_file(folder, split)
+    folder = Path(folder)
     corpus = dict(zip(*read_texts(folder), strict=True))
     queries = dict(zip(*read_texts(find_file(folder, "queries")), strict=True))
-    qrels = read_qrels(folder / "qrels" / f"{split}.tsv", queries, corpus, skip_unknown)
+    qrels = read_qrels(path, queries, corpus, skip_unknown)
     if not qrels:
-        raise ValueError(f"{folder}/qrels/{split}.tsv: no judgement names a known query and a known document")
+        raise ValueError(f"{path}: no judgement names a known query and a known document")
     return Beir(Path(os.path.abspath(folder)).name, corpus, {query: queries[query] for query in qrels}, qrels)

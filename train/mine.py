@@ -1,121 +1,328 @@
-"""Mines hard negatives with BM25: a BEIR folder in, training examples out.
+"""Mines hard negatives: queries and a corpus in, training examples in the bge format out.
 
-    python train/mine.py --beir DIR --split train --output FILE.jsonl [--negatives 15] [--depth 100]
+    python train/mine.py --beir DIR [--split train] --output FILE.jsonl [--retriever bm25 lens=MODEL ...]
+    python train/mine.py --pairs FILE.jsonl [--corpus FILE] --output FILE.jsonl
 
-Example: python train/mine.py --beir data/scifact --split train --output mined.jsonl
+Example: python train/mine.py --beir data/scifact --retriever st=sentence-transformers/all-MiniLM-L6-v2 \\
+    --max-share 0.95 --output mined.jsonl
+
+A retriever is bm25, lens=MODEL (a LENS model), st=MODEL (a SentenceTransformer) or sparse=MODEL (a SparseEncoder),
+MODEL being a folder or hub id; several are fused. The corpus is read in shards and never held in memory. A run that
+was killed goes on where it was when the same command is started again. Beside OUTPUT a manifest tells what went in.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import json
-import random
+import shutil
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lens.corpus import Beir, read_beir
-from lens.files import atomic_file, check_output
+from lens import __version__
+from lens.files import atomic_file, check_output, read_json, write_json
 from lens.program import interruptible
-from lens.search.bm25 import BM25
-from lens.search.exact import top
 from lens.text import check_texts
+from train.negatives import Rules, choose
+from train.passages import Corpus, Questions, file_facts, read_folder, read_pairs
+from train.ranking import Best, fuse
+from train.retrievers import ENCODE_ROWS, Query, Spec, choose_faiss, identity, load, parse
+from train.sources import MANIFEST
+
+FUSIONS = ("rrf", "sum")
+Candidates = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 
 
-def mine(
-    data: Beir, negatives: int, depth: int, skip: int, seed: int, prompt: str | None = None
-) -> list[dict[str, Any]]:
-    """One example per judged query: all its positives, and `negatives` passages drawn from BM25 ranks skip to depth.
+class Search:
+    """What every retriever finds for every query, in files of the folder `work` from which a killed run goes on."""
 
-    Passages judged relevant to the query, and passages of the same text, are never negatives. When the ranks give
-    too few, random passages fill up.
-    """
-    ids, texts = list(data.corpus), list(data.corpus.values())
-    positions = {name: i for i, name in enumerate(ids)}
-    index = BM25(texts)
-    blank = [name for name in data.queries if not data.queries[name].strip()]
-    blank += [
-        name
-        for judged in data.qrels.values()
-        for name, s in judged.items()
-        if s > 0 and not texts[positions[name]].strip()
-    ]
-    if blank:
-        raise ValueError(f"{data.name}: {len(blank)} judged queries or documents are empty (first: {blank[0]!r})")
-    filled = list(dict.fromkeys(text for text in texts if text.strip()))
-    rng = random.Random(seed)
-    rows: list[dict[str, Any]] = []
-    queries = [(query, judged) for query, judged in data.qrels.items() if any(s > 0 for s in judged.values())]
-    block = max(1, (1 << 24) // max(len(texts), 1))
-    for start in tqdm(range(0, len(queries), block), desc="mine", unit="block", leave=False):
-        part = queries[start : start + block]
-        scores = index.score([data.queries[query] for query, _ in part])
-        ranked, values = top(np.asarray(scores), min(depth, len(texts)))
-        for (query, judged), order, value in zip(part, ranked, values, strict=True):
-            positive = [positions[document] for document, score in judged.items() if score > 0]
-            banned = {texts[i] for i in positive}
-            pool = [int(i) for i, v in zip(order[skip:], value[skip:], strict=True) if v > 0]
-            distinct = list(dict.fromkeys(texts[i] for i in pool if texts[i].strip() and texts[i] not in banned))
-            chosen = rng.sample(distinct, min(negatives, len(distinct)))
-            if len(chosen) < negatives:
-                others = [text for text in filled if text not in banned and text not in set(chosen)]
-                chosen += rng.sample(others, min(negatives - len(chosen), len(others)))
-            rows.append(
-                {
-                    "query": data.queries[query],
-                    "pos": sorted(banned),
-                    "neg": chosen,
-                    "pos_scores": None,
-                    "neg_scores": None,
-                    "prompt": prompt,
-                    "type": "retrieval",
+    def __init__(self, options: argparse.Namespace, questions: Questions, corpus: Corpus, scored: bool) -> None:
+        self.options, self.corpus, self.scored = options, corpus, scored
+        self.queries: list[Query] = list(dict.fromkeys((row.text, row.prompt) for row in questions.rows))
+        number_of = {query: number for number, query in enumerate(self.queries)}
+        self.query_of = [number_of[row.text, row.prompt] for row in questions.rows]
+        rows = list(zip(self.query_of, questions.rows, strict=True))
+        self.pairs = [(query, text) for query, row in rows for text in row.pos]
+        self.ends = np.cumsum([0, *(len(row.pos) for _, row in rows)])
+        self.lists: list[Best] = []
+        self.own = np.zeros((len(options.retriever), len(self.pairs)))
+        """(R, P) scores of all questions' positives one after another, 0 where none are needed."""
+
+    def run(self) -> None:
+        """Searches with one retriever after the other; only one model is in memory at a time."""
+        for number, spec in enumerate(self.options.retriever):
+            self.lists.append(self._run(number, spec))
+
+    def _run(self, number: int, spec: Spec) -> Best:
+        options, work = self.options, self.options.work
+        best, shards = Best(len(self.queries), options.depth), -(-len(self.corpus) // options.shard)
+        state, scores = work / f"best-{number}.npz", work / f"positives-{number}.npy"
+        done = best.load(state) if state.is_file() else 0
+        if done < shards or (self.scored and not scores.is_file()):
+            bm25 = {"stopwords": options.bm25_stopwords, "stemmer": options.bm25_stemmer}
+            faiss = choose_faiss(options.search)
+            retriever = load(spec, self.queries, work, faiss, options.device, **bm25)
+            best.lexical = retriever.lexical
+            if done:
+                print(f"{spec}: {done} of {shards} shards are done; going on", file=sys.stderr)
+            steps = retriever.search(self.corpus, options.shard, done, best)
+            bar = tqdm(steps, desc=str(spec)[-40:], unit="shard", total=shards, initial=done, leave=False)
+            for finished, _ in enumerate(bar, done + 1):
+                best.save(state, finished)
+            if self.scored:
+                parts = []
+                for first in range(0, len(self.pairs), ENCODE_ROWS):
+                    queries, texts = zip(*self.pairs[first : first + ENCODE_ROWS], strict=True)
+                    parts.append(retriever.pairs(np.array(queries), texts))
+                with atomic_file(scores, overwrite=True) as temporary:
+                    np.save(temporary, np.concatenate(parts))
+        if self.scored:
+            self.own[number] = np.load(scores, allow_pickle=False)
+            if not np.isfinite(self.own[number]).all():
+                raise ValueError(f"--retriever {spec}: scores of positives are not finite numbers")
+        return best
+
+    def candidates(self, number: int) -> Candidates:
+        """The positions and scores of a question's candidates, best first, and its positives' scores."""
+        query, own = self.query_of[number], self.own[:, self.ends[number] : self.ends[number + 1]]
+        if len(self.lists) == 1:
+            return *self.lists[0].of(query), own[0]
+        return fuse(self.lists, self.options.fuse, self.options.weights, query, own)
+
+
+def mine(options: argparse.Namespace, rules: Rules) -> dict[str, Any]:
+    """Searches, chooses and writes the examples and the manifest, which is returned."""
+    if options.beir:
+        questions, corpus = read_folder(Path(options.beir), options.split, options.prompt)
+    else:
+        given = Path(options.corpus) if options.corpus else None
+        questions, corpus = read_pairs(Path(options.pairs), given, options.work, options.prompt)
+    files = [*questions.files, *([corpus.path] if corpus.path.parent != options.work else [])]
+    if any(file.resolve() == Path(options.output).resolve() for file in files):
+        raise ValueError(f"--output {options.output} is a file that is read: choose another place")
+    inputs = {str(file): file_facts(file) for file in files}
+    retrievers = [identity(spec) for spec in options.retriever]
+    check_plan(options, inputs, retrievers)
+    search = Search(options, questions, corpus, rules.filters or options.scores)
+    search.run()
+    counts, left_out = Counter[str](), questions.left_out
+    chosen: dict[int, list[tuple[int, float | None]]] = {}
+    for number in tqdm(range(len(questions.rows)), desc="choose", unit="query", leave=False):
+        found = choose(rules, number, *search.candidates(number), corpus.keys, questions.banned(number), counts)
+        if found:
+            chosen[number] = found
+        else:
+            left_out["no negative"] += 1
+    if not chosen:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.items())
+        raise ValueError(f"no query has a negative ({reasons}): a larger corpus, or weaker filters, may give some")
+    positions = np.unique([position for found in chosen.values() for position, _ in found])
+    texts = corpus.fetch(positions, options.work / "texts.bin")
+    sizes = [len(found) for found in chosen.values()]
+    manifest = {
+        "program": "train/mine.py",
+        "versions": {"lens": __version__, **versions()},
+        "inputs": inputs,
+        "retrievers": retrievers,
+        "options": {name: value for name, value in vars(options).items() if name not in ("retriever", "work")},
+        "passages": len(corpus),
+        "queries": len(questions.rows) + sum(left_out.values()) - left_out["no negative"],
+        "examples": len(chosen),
+        "left_out": dict(left_out),
+        "negatives": sum(sizes),
+        "mean_negatives": round(sum(sizes) / len(sizes), 4),
+        "examples_with_fewer_negatives": sum(size < rules.negatives for size in sizes),
+        "random_negatives": counts.pop("random"),
+        "candidates_filtered": dict(sorted(counts.items())),
+    }
+    with atomic_file(options.output, options.overwrite) as temporary:
+        with open_text(temporary, str(options.output).endswith(".gz")) as file:
+            for number, found in chosen.items():
+                row = questions.rows[number]
+                scores = search.candidates(number)[2] if options.scores else None
+                content = {
+                    "query": row.text,
+                    "pos": row.pos,
+                    "neg": [texts[position] for position, _ in found],
+                    "pos_scores": None if scores is None else [rounded(score) for score in scores.tolist()],
+                    "neg_scores": None if scores is None else [rounded(score) for _, score in found],
+                    "prompt": row.prompt,
+                    "type": row.type,
                 }
+                file.write(json.dumps(content, ensure_ascii=False) + "\n")
+        manifest["output"] = file_facts(temporary)
+        write_json(manifest_of(options.output), manifest)
+    return manifest
+
+
+def check_plan(options: argparse.Namespace, inputs: dict[str, Any], retrievers: list[dict[str, str]]) -> None:
+    """Notes in the work folder what the search depends on; raises ValueError where a killed run searched otherwise."""
+    names = ("depth", "shard", "prompt", "bm25_stopwords", "bm25_stemmer")
+    plan = {"inputs": inputs, "retriever": retrievers, **{name: getattr(options, name) for name in names}}
+    path = options.work / "plan.json"
+    if path.is_file():
+        before = read_json(path)
+        changed = [f"--{name}".replace("_", "-").replace("--inputs", "input files") for name in plan
+                   if before.get(name) != plan[name]]  # fmt: skip
+        if changed:
+            raise ValueError(
+                f"{options.work} is of an unfinished run with other {', '.join(changed)}: give that run's options and "
+                "files to go on, or remove the folder to start anew"
             )
-    return rows
+    write_json(path, plan)
 
 
-@interruptible("train/mine.py")
-def main(arguments: list[str] | None = None) -> int:
+def manifest_of(output: str) -> Path:
+    """Where the manifest of an output lies."""
+    name = Path(output).name.removesuffix(".gz").removesuffix(".jsonl")
+    return Path(output).with_name(name + MANIFEST)
+
+
+@contextmanager
+def kept_if_begun(work: Path) -> Iterator[None]:
+    """Removes the work folder of a run that fails before it searched anything."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        if not any(work.glob("*.npz")):
+            shutil.rmtree(work)
+        raise
+
+
+def rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 6)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that search."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for name in ("numpy", "scipy", "torch", "bm25s", "PyStemmer", "faiss-cpu", "transformers", "sentence-transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def open_text(path: Path, packed: bool) -> Iterator[TextIO]:
+    """A UTF-8 file for writing, gzipped without name and time when `packed`, so that equal rows are equal bytes."""
+    if not packed:
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as stream,
+        io.TextIOWrapper(stream, encoding="utf-8") as file,
+    ):
+        yield file
+
+
+def check(options: argparse.Namespace) -> Rules:
+    """Checks the options before any work, completes them, and returns the rules; raises ValueError or OSError."""
+    rules = Rules(**{name: getattr(options, name) for name in Rules.__dataclass_fields__})
+    options.retriever = [parse(text) for text in options.retriever or ["bm25"]]
+    if len(set(options.retriever)) < len(options.retriever):
+        raise ValueError("--retriever names one twice: name each once, with --weights")
+    options.weights = options.weights or [1.0] * len(options.retriever)
+    usable = all(0 < weight < float("inf") for weight in options.weights)
+    if len(options.weights) != len(options.retriever) or not usable:
+        raise ValueError(f"--weights takes a number above 0 for each of the {len(options.retriever)} retrievers")
+    if options.shard < 1:
+        raise ValueError(f"--shard must be at least 1, found {options.shard}")
+    if options.corpus and not options.pairs:
+        raise ValueError("--corpus goes with --pairs: a BEIR folder has its own corpus")
+    if options.search != "auto":
+        choose_faiss(options.search)
+    if options.prompt is not None:
+        check_texts([options.prompt])
+    check_output(options.output, options.overwrite)
+    for option, folder in (("--beir", options.beir), ("--corpus", options.corpus)):
+        if folder and Path(folder).is_dir() and Path(options.output).resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"--output {options.output} lies in the folder {option} that is read: choose another place"
+            )
+    options.work = Path(options.output).with_name(f"{Path(options.output).name}.work")
+    if not options.work.exists():
+        check_output(manifest_of(options.output), options.overwrite)
+    return rules
+
+
+def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train/mine.py"
     )
-    parser.add_argument("--beir", required=True, help="folder in BEIR layout")
-    parser.add_argument("--split", default="train", help="split of qrels/ whose queries become examples")
-    parser.add_argument("--output", required=True, help="file to write, .jsonl, in the bge format")
-    parser.add_argument("--negatives", type=int, default=15, help="hard negatives per query (15)")
-    parser.add_argument("--depth", type=int, default=100, help="BM25 ranks that negatives are drawn from (100)")
-    parser.add_argument("--skip", type=int, default=0, help="best ranks left out, where unjudged positives hide (0)")
-    parser.add_argument("--prompt", help="instruction written into every example")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    options = parser.parse_args(arguments)
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--beir", help="folder in BEIR layout")
+    source.add_argument("--pairs", help=".jsonl(.gz) with `query`, `pos` and perhaps `neg`, in the bge format")
+    add("--split", default="train", help="with --beir: split of qrels/ whose queries become examples (train)")
+    add("--corpus", help="with --pairs: passages, .jsonl(.gz), .txt or a BEIR folder; default: those of the pairs")
+    add("--output", required=True, help="file to write, .jsonl or .jsonl.gz, in the bge format")
+    add("--retriever", nargs="+", action="extend", metavar="KIND[=MODEL]", help="one or several (bm25)")
+    add(
+        "--fuse",
+        choices=FUSIONS,
+        default="rrf",
+        help="several: reciprocal ranks, or normalised scores (rrf)",
+    )
+    add("--weights", nargs="+", type=float, help="a weight for each retriever (1)")
+    add("--negatives", type=int, default=15, help="negatives per query (15)")
+    add("--depth", type=int, default=100, help="ranks that negatives are drawn from (100)")
+    add("--skip", type=int, default=0, help="best ranks left out, where unjudged positives hide (0)")
+    add("--sample", choices=("random", "top"), default="random", help="which ranks: drawn, or the best ones (random)")
+    add("--random-share", type=float, default=0.0, help="share of the negatives drawn from the whole corpus (0)")
+    add("--margin", type=float, help="negatives score below the positive's score minus this")
+    add("--max-share", type=float, help="negatives score below the positive's score times this, such as 0.95")
+    add("--anchor", choices=("highest", "lowest"), default="highest", help="of several positives' scores (highest)")
+    add("--scores", action="store_true", help="write the retrievers' scores instead of null")
+    add("--prompt", help="instruction written into every example, and given to LENS retrievers")
+    add("--seed", type=int, default=42)
+    add("--shard", type=int, default=50_000, help="passages in memory at a time (50,000)")
+    add("--search", choices=("auto", "numpy", "faiss"), default="auto", help="of dense vectors (faiss if it has a GPU)")
+    add("--device", help="for models: cpu, cuda or mps; default: the first GPU there is, else the CPU")
+    add("--bm25-stopwords", default="english", metavar="LANGUAGE", help="stopword list of bm25s, or none (english)")
+    add("--bm25-stemmer", default="english", metavar="LANGUAGE", help="Snowball stemmer, or none (english)")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    return parser.parse_args(arguments)
+
+
+@interruptible("train/mine.py", "start the same command again to go on")
+def main(arguments: list[str] | None = None) -> int:
+    options = arguments_of(arguments)
     try:
-        if options.negatives < 1 or options.depth < 1 or not 0 <= options.skip < options.depth:
-            raise ValueError(
-                f"--negatives and --depth must be at least 1 and --skip from 0 to below --depth; found "
-                f"{options.negatives}, {options.depth}, {options.skip}"
-            )
-        check_output(options.output, options.overwrite)
-        if Path(options.output).resolve().is_relative_to(Path(options.beir).resolve()):
-            raise ValueError(f"--output {options.output} lies in the folder --beir that is read: choose another place")
-        if options.prompt is not None:
-            check_texts([options.prompt])
-        data = read_beir(options.beir, options.split)
-        rows = mine(data, options.negatives, options.depth, options.skip, options.seed, options.prompt)
-        if not rows:
-            raise ValueError(f"{options.beir}/qrels/{options.split}.tsv judges no document relevant")
-        with atomic_file(options.output, options.overwrite) as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    except (ValueError, OSError, ImportError) as error:
+        rules = check(options)
+        options.work.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(options.work / "lock", timeout=0), kept_if_begun(options.work):
+                manifest = mine(options, rules)
+                shutil.rmtree(options.work)
+        except Timeout as error:
+            raise FileExistsError(f"another run is mining into {options.output}: wait for it") from error
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         print(f"train/mine.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    fewest = min(len(row["neg"]) for row in rows)
-    print(f"{len(rows):,} examples with {fewest} hard negatives or more in {options.output}")
+    left_out = "".join(f"; {count:,} queries left out: {why}" for why, count in manifest["left_out"].items())
+    print(
+        f"{manifest['examples']:,} examples with {manifest['mean_negatives']:.1f} negatives on average in "
+        f"{options.output}{left_out}; {manifest_of(options.output).name} tells how"
+    )
     return 0
 
 

@@ -17,6 +17,8 @@ from train.rows import Rows, Stream, Table, brief, local_rows
 from train.sampler import Schedule
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+MANIFEST = ".manifest.json"
+"""Ending of the files beside training data that tell how it was made."""
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<subset>[\w.-]+))?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -165,7 +167,7 @@ def _local_sets(source: str) -> list[tuple[str, list[str]]]:
     for entry in sorted(Path(source).iterdir()):
         if entry.name.startswith("."):
             continue
-        if entry.is_file() and entry.name.endswith(SUFFIXES):
+        if entry.is_file() and _holds_rows(entry):
             stem = next(entry.name.removesuffix(suffix) for suffix in SUFFIXES if entry.name.endswith(suffix))
             sets.setdefault(f"{source}/{SHARD.sub('', stem)}", []).append(str(entry))
         elif entry.is_dir() and entry.name == "data":
@@ -176,7 +178,7 @@ def _local_sets(source: str) -> list[tuple[str, list[str]]]:
                 str(file)
                 for file in sorted(entry.rglob("*"))
                 if file.is_file()
-                and file.name.endswith(SUFFIXES)
+                and _holds_rows(file)
                 and not any(part.startswith(".") for part in file.relative_to(entry).parts)
             ]
             if files:
@@ -184,6 +186,10 @@ def _local_sets(source: str) -> list[tuple[str, list[str]]]:
     if not sets:
         raise FileNotFoundError(f"{source} holds no training files ({', '.join(SUFFIXES)})")
     return list(sets.items())
+
+
+def _holds_rows(file: Path) -> bool:
+    return file.name.endswith(SUFFIXES) and not file.name.endswith(MANIFEST)
 
 
 def _hub_sets(
