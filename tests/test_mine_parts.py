@@ -180,7 +180,7 @@ def test_fusion_of_normalised_scores_by_hand():
     assert fuse([equal, equal], "sum", [1.0, 1.0], 0, np.array([[-2.0], [-3.0]]))[1].tolist() == [2.0, 2.0]
 
 
-WORDS = "river stones amber running runs harbour cedar the of marble falcon copper".split()
+WORDS = ["river", "stones", "amber", "running", "runs", "harbour", "cedar", "the", "of", "marble", "falcon", "copper"]
 
 
 @pytest.mark.parametrize("stemmer", ["english", "none"])

@@ -79,7 +79,7 @@ class Search:
             if done:
                 print(f"{spec}: {done} of {shards} shards are done; going on", file=sys.stderr)
             steps = retriever.search(self.corpus, options.shard, done, best)
-            bar = tqdm(steps, desc=str(spec)[-40:], unit="shard", total=shards, initial=done, leave=False)
+            bar = tqdm(steps, desc=str(spec)[-40:], unit="shard", total=shards, initial=done, leave=False, disable=None)
             for finished, _ in enumerate(bar, done + 1):
                 best.save(state, finished)
             if self.scored:
@@ -120,7 +120,7 @@ def mine(options: argparse.Namespace, rules: Rules) -> dict[str, Any]:
     search.run()
     counts, left_out = Counter[str](), questions.left_out
     chosen: dict[int, list[tuple[int, float | None]]] = {}
-    for number in tqdm(range(len(questions.rows)), desc="choose", unit="query", leave=False):
+    for number in tqdm(range(len(questions.rows)), desc="choose", unit="query", leave=False, disable=None):
         found = choose(rules, number, *search.candidates(number), corpus.keys, questions.banned(number), counts)
         if found:
             chosen[number] = found

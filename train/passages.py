@@ -75,7 +75,9 @@ class Corpus:
         self.found: dict[str, str] = {}
         wanted = wanted or set()
         keys, names = array("q"), array("q")
-        for _, name, text in tqdm(stream_texts(self.path), desc="read the corpus", unit="passage", leave=False):
+        for _, name, text in tqdm(
+            stream_texts(self.path), desc="read the corpus", unit="passage", leave=False, disable=None
+        ):
             keys.append(key_of(text))
             names.append(key_of(name))
             if name in wanted:
