@@ -76,7 +76,7 @@ def load_config(base: str, revision: str | None = None) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers' load reports off the terminal: what matters in them is checked here."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -154,7 +154,7 @@ def load_backbone(
 def _read(auto: Any, base: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A model and transformers' report on its weights; raises ValueError naming what is wrong with `base`."""
     attention = options.get("attn_implementation")
-    with _quiet():
+    with quiet():
         try:
             loaded, report = auto.from_pretrained(base, **options)
         except SafetensorError as error:

@@ -55,12 +55,13 @@ class Dense:
         self._batch_tokens = batch_tokens or (4096 if self._device.type == "cpu" else 32768)
         self.dimensions = int(self._model.config.hidden_size)
 
-    def encode(self, texts: Sequence[str], label: str = "dense") -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str], label: str = "dense", show_progress: bool = True) -> NDArray[np.float32]:
         """Embeddings (n, D) of unit length, in the order of the texts."""
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         tokens = self._tokenizer(clean, truncation=True, max_length=self._max_length)["input_ids"] if clean else []
         embeddings = np.zeros((len(texts), self.dimensions), dtype=np.float32)  # (n, D)
-        with torch.inference_mode(), tqdm(total=len(texts), desc=label, unit="text", disable=None) as progress:
+        bar = tqdm(total=len(texts), desc=label, unit="text", disable=None if show_progress else True)
+        with torch.inference_mode(), bar as progress:
             for rows in token_batches([len(ids) for ids in tokens], self._batch_tokens, self._packed):
                 means = self._means([tokens[row] for row in rows])
                 embeddings[rows] = F.normalize(means, dim=-1).cpu().numpy()

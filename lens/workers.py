@@ -85,7 +85,7 @@ class Pool:
                 arguments = theirs, tensors, str(device), threads
                 process = context.Process(target=_work, args=arguments, name=f"lens {name}", daemon=True)
                 self._processes.append(process)
-                with _deaf():
+                with deaf():
                     process.start()
                 theirs.close()
             # Not with the arguments: a process that died before it read them would be waited for, for ever.
@@ -194,7 +194,7 @@ def _as_error(worker: str, name: str, message: str, trace: str) -> Exception:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
+def deaf() -> Iterator[None]:
     """Ctrl-C waits here until the end, and processes started here never hear it, not even while they import: their
     parent ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
