@@ -1,4 +1,4 @@
-"""Evaluates LENS models, BM25 and the dense backbone on retrieval data sets in BEIR layout.
+"""Evaluates LENS models, lexical systems (BM25, TF-IDF, DeepCT, SparTerm) and the dense backbone on BEIR folders.
 
 Writes a folder: results.json, per_query/DATASET.tsv, report.md, report.html, and with --save-runs
 runs/DATASET.SYSTEM.trec. Files are described in docs/evaluation.md.
@@ -23,26 +23,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import lens
+from eval.lexical import lexical_folders, lexical_system, load_lexical
 from eval.metrics import MEASURES, compare
 from eval.report import Details, html, markdown
-from eval.scoring import Evaluation, System, bm25_system, dense_system, evaluate, judged_queries, lens_system
+from eval.scoring import (
+    Evaluation,
+    System,
+    bm25_system,
+    dense_system,
+    evaluate,
+    judged_queries,
+    lens_system,
+    tfidf_system,
+)
 from lens.corpus import Beir, read_beir
 from lens.dense import Dense
 from lens.files import atomic_folder, check_output, require, write_json
 from lens.layout import is_splade
 from lens.program import interruptible
-from lens.search.bm25 import BM25
+from lens.search.words import Words
 
-BASELINES = ("bm25", "dense")
+BASELINES = ("bm25", "dense", "tfidf")
+FUSED = ("dense", "bm25")
 EXTRAS = ("bm25s", "Stemmer", "ir_measures", "matplotlib")
 PACKAGES = ("lens-embeddings", "torch", "transformers", "bm25s", "ir-measures", "pytrec-eval-terrier", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is evaluated: LENS models by name, the dense baseline, the data sets, and what was odd about them."""
+    """What is evaluated: LENS models and lexical ones (DeepCT, SparTerm) by name, the dense baseline, the data sets,
+    and what was odd about them."""
 
     models: dict[str, Any]
+    lexical: dict[str, Any]
     dense: Dense | None
     datasets: list[Beir]
     notes: dict[str, list[str]]
@@ -64,6 +77,13 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="[NAME=]DIR",
         help="LENS models; the name is the folder's unless given",
+    )
+    add(
+        "--lexical",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DIR[:MODE]",
+        help="folders of train/deepct.py and train/sparterm.py, the latter with the mode to use where it is another",
     )
     add(
         "--beir",
@@ -91,6 +111,8 @@ def parser() -> argparse.ArgumentParser:
     add("--bm25-b", type=float, default=0.75, help="BM25 length normalisation, 0 to 1")
     add("--bm25-stopwords", default="english", metavar="LANGUAGE", help="stopword list of bm25s, or none")
     add("--bm25-stemmer", default="english", metavar="LANGUAGE", help="Snowball stemmer, or none for plain words")
+    add("--deepct-k1", type=float, default=10.0, help="the same over DeepCT's frequencies, which run to 100")
+    add("--deepct-b", type=float, default=0.75, help="the same over DeepCT's frequencies")
     add("--depth", type=int, default=1000, metavar="DOCUMENTS", help="documents ranked per query, at least 100")
     add("--block", type=int, metavar="QUERIES", help="queries scored at a time; unset: 32 MB of scores per system")
     add("--drop-self", action="store_true", help="never retrieve the document whose id is the query's own")
@@ -113,23 +135,28 @@ def parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Loaded:
     """Checks every input before any long work; raises OSError, ValueError or ImportError with one clear line."""
     require("eval", *EXTRAS)
-    if not args.model and not args.baselines:
-        raise ValueError("nothing to evaluate: give --model, --baselines or both")
-    if args.fuse and not (args.model and args.baselines):
-        raise ValueError("--fuse sums a model with baselines: give --model and --baselines")
-    limits = {"depth": 100, "dense_length": 3, "block": 1, "resamples": 100, "bm25_k1": 0.0, "bm25_b": 0.0}
+    if not (args.model or args.lexical or args.baselines):
+        raise ValueError("nothing to evaluate: give --model, --lexical or --baselines")
+    if args.fuse and not (args.model and set(FUSED) & set(args.baselines)):
+        raise ValueError("--fuse sums a model with baselines: give --model and --baselines dense, bm25 or both")
+    limits = {"depth": 100, "dense_length": 3, "block": 1, "resamples": 100}
+    limits |= dict.fromkeys(("bm25_k1", "bm25_b", "deepct_k1", "deepct_b"), 0.0)
     for field, least in limits.items():
         value = getattr(args, field)
         if value is not None and not value >= least:
             raise ValueError(f"--{field.replace('_', '-')} is {value}: at least {least} is needed")
-    if not args.bm25_b <= 1:
-        raise ValueError(f"--bm25-b is {args.bm25_b}: it lies between 0 and 1")
+    for field in ("bm25_b", "deepct_b"):
+        if not getattr(args, field) <= 1:
+            raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}: it lies between 0 and 1")
     output = check_output(args.output, args.overwrite, "results.json")
     if output.is_dir() and any(output.iterdir()) and not (output / "results.json").is_file():
         raise FileExistsError(f"{output} holds no results.json of an evaluation, so it is not overwritten")
-    if "bm25" in args.baselines:
-        BM25(["check"], args.bm25_stopwords, args.bm25_stemmer)
+    if "tfidf" in args.baselines:
+        require("eval", "sklearn")
+    if {"bm25", "tfidf"} & set(args.baselines):
+        Words(args.bm25_stopwords, args.bm25_stemmer)
     folders = model_folders(args.model)
+    lexical = lexical_folders(args.lexical, {*folders, *BASELINES})
     datasets, notes = read_datasets(args.beir, args.split, args.skip_unknown)
     if args.save_runs:
         for beir in datasets:
@@ -139,19 +166,21 @@ def load(args: argparse.Namespace) -> Loaded:
     options = {"device": args.devices or args.device, "dtype": args.dtype, "quantization": args.quantization}
     options |= {"base": args.base} if args.base else {}
     models = {name: lens.load(folder, **options) for name, folder in folders.items()}
+    device = args.devices[0] if args.devices else args.device
+    others = {name: load_lexical(folder, device) for name, folder in lexical.items()}
     dense = None
     if "dense" in args.baselines:
         if not models and not args.dense_model:
             raise ValueError("the dense baseline needs --dense-model, or --model to take its backbone")
         path = args.dense_model or args.base or next(iter(models.values())).config.base
         try:
-            dense = Dense(path, args.devices[0] if args.devices else args.device, args.dtype, args.dense_length)
+            dense = Dense(path, device, args.dtype, args.dense_length)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise OSError(
                 f"cannot load the dense baseline {path} ({reason}); choose another with --dense-model"
             ) from error
-    return Loaded(models, dense, datasets, notes)
+    return Loaded(models, others, dense, datasets, notes)
 
 
 def model_folders(arguments: Sequence[str]) -> dict[str, str]:
@@ -212,12 +241,16 @@ def read_datasets(
 def systems(loaded: Loaded, beir: Beir, args: argparse.Namespace) -> tuple[list[System], dict[str, list[str]]]:
     """The systems of a data set, encoded, and the fusions of each model: with dense, then with BM25 too."""
     built = [lens_system(name, model, beir, args.instruction) for name, model in loaded.models.items()]
+    for name, model in loaded.lexical.items():
+        built.append(lexical_system(name, model, beir, args.deepct_k1, args.deepct_b))
     if loaded.dense:
         built.append(dense_system("dense", loaded.dense, beir))
     if "bm25" in args.baselines:
         options = {"stopwords": args.bm25_stopwords, "stemmer": args.bm25_stemmer, "k1": args.bm25_k1, "b": args.bm25_b}
         built.append(bm25_system("bm25", beir, **options))
-    baselines = [system.name for system in built[len(loaded.models) :]]
+    if "tfidf" in args.baselines:
+        built.append(tfidf_system("tfidf", beir, args.bm25_stopwords, args.bm25_stemmer))
+    baselines = [system.name for system in built if system.name in FUSED]
     fusions = {}
     for name in loaded.models if args.fuse else ():
         for count in range(1, len(baselines) + 1):

@@ -19,6 +19,7 @@ from eval.metrics import MEASURES, per_query
 from lens.corpus import Beir
 from lens.dense import Dense
 from lens.search.bm25 import BM25
+from lens.search.words import Words
 
 Scores = NDArray[np.float32]
 BLOCK_SCORES = 2**23
@@ -144,6 +145,26 @@ def bm25_system(name: str, beir: Beir, **options: Any) -> System:
         "active_per_document": index.active_per_document,
     }
     return System(name, lambda rows: index.score(queries[rows]), matching=True, bounded=False, facts=facts)
+
+
+def tfidf_system(name: str, beir: Beir, stopwords: str = "english", stemmer: str = "english") -> System:
+    """TF-IDF as a system: the cosine of scikit-learn's TfidfVectorizer with sublinear frequencies, over the words that
+    BM25 indexes (lens/search/words.py); idf is counted on the documents."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    start = time.perf_counter()
+    words = Words(stopwords, stemmer)
+    documents = words(list(beir.corpus.values()))
+    queries = words([beir.queries[query] for query in judged_queries(beir)])
+    if not any(documents):
+        raise ValueError(f"{beir.name}: no document holds a word, so there is nothing that TF-IDF could index")
+    model = TfidfVectorizer(analyzer=_as_it_is, sublinear_tf=True, dtype=np.float32).fit(documents)
+    vectors = sparse.csr_array(model.transform(queries)), sparse.csr_array(model.transform(documents))
+    return vector_system(name, *vectors, matching=True, seconds=time.perf_counter() - start)
+
+
+def _as_it_is(words: list[str]) -> list[str]:
+    return words
 
 
 def fuse(parts: Sequence[tuple[System, Scores]]) -> Scores:

@@ -15,18 +15,15 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from lens.files import require
-
-TOKEN_PATTERN = r"(?u)[^\W_]+"
-"""Runs of letters and digits; an underscore separates, so that `read_csv` is two words."""
+from lens.search.words import Words
 
 
 class BM25:
     """BM25 as Lucene scores it (`method="lucene"` of bm25s): the sum over the tokens t of a query, repetitions
     included, of idf(t) * tf / (tf + k1 * (1 - b + b * |d| / mean |d|)), idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5)).
 
-    Texts are lower-cased and split by TOKEN_PATTERN. `stopwords` names a list of bm25s, `stemmer` a Snowball stemmer
-    of PyStemmer; "none" leaves the step out. Raises ValueError for a name they do not know.
+    Texts become words as lens/search/words.py says, with the names of its lists and stemmers. Raises ValueError for a
+    name that it does not know.
     """
 
     def __init__(
@@ -37,10 +34,10 @@ class BM25:
         k1: float = 1.2,
         b: float = 0.75,
     ) -> None:
-        self._options = _tokenization(stopwords, stemmer)
+        self._words = Words(stopwords, stemmer)
         import bm25s
 
-        tokens = bm25s.tokenize(list(documents), **self._options)
+        tokens = bm25s.tokenize(list(documents), **self._words.options)
         self._vocabulary = set(tokens.vocab) - {""}  # bm25s gives a text without words the token ""
         self._index = bm25s.BM25(method="lucene", k1=k1, b=b)
         if self._vocabulary:
@@ -51,10 +48,7 @@ class BM25:
 
     def tokens(self, queries: Sequence[str]) -> list[list[str]]:
         """The tokens of each query that occur in some document, repetitions included."""
-        import bm25s
-
-        rows = bm25s.tokenize(list(queries), **self._options, return_ids=False)
-        return [[token for token in row if token in self._vocabulary] for row in rows]
+        return [[token for token in row if token in self._vocabulary] for row in self._words(queries)]
 
     def score(self, queries: Sequence[str]) -> NDArray[np.float32]:
         """Scores of all documents, (n, N), in any range from 0 up; 0 = no common token."""
@@ -89,12 +83,10 @@ class PartialBM25:
         k1: float = 1.2,
         b: float = 0.75,
     ) -> None:
-        self._options = _tokenization(stopwords, stemmer)
-        import bm25s
-
-        rows = bm25s.tokenize(list(queries), **self._options, return_ids=False)
+        self._words = Words(stopwords, stemmer)
+        rows = self._words(queries)
         # Sorted, because bm25s numbers stems in another order in every process and counts are kept in files.
-        columns = {token: i for i, token in enumerate(sorted(set(chain.from_iterable(rows)) - {""}))}
+        columns = {token: i for i, token in enumerate(sorted(set(chain.from_iterable(rows))))}
         self._columns: dict[str, int] = columns
         self._queries = [[columns[token] for token in row if token in columns] for row in rows]
         self._k1, self._b = k1, b
@@ -105,7 +97,7 @@ class PartialBM25:
         """The counts of n documents."""
         import bm25s
 
-        tokens = bm25s.tokenize(list(documents), **self._options)
+        tokens = bm25s.tokenize(list(documents), **self._words.options)
         lengths = np.array([len(ids) for ids in tokens.ids], dtype=np.int64)
         columns = np.full(len(tokens.vocab) + 1, -1, dtype=np.int64)  # the part's number of a token -> its column
         for token, number in tokens.vocab.items():
@@ -140,18 +132,3 @@ class PartialBM25:
             part = slice(weights.indptr[column], weights.indptr[column + 1])
             scores[weights.indices[part]] += weights.data[part]  # a document stands once in a column
         return scores
-
-
-def _tokenization(stopwords: str, stemmer: str) -> dict[str, Any]:
-    """The options of bm25s.tokenize; raises ValueError for a stemmer that is none."""
-    require("bm25", "bm25s", "Stemmer")
-    import Stemmer
-
-    if stemmer not in ("none", *Stemmer.algorithms()):
-        raise ValueError(f"unknown stemmer {stemmer!r}: use none or one of {', '.join(Stemmer.algorithms())}")
-    return {
-        "token_pattern": TOKEN_PATTERN,
-        "stopwords": [] if stopwords == "none" else stopwords,
-        "stemmer": None if stemmer == "none" else Stemmer.Stemmer(stemmer),
-        "show_progress": False,
-    }
