@@ -128,7 +128,7 @@ def load_backbone(
     auto: Any = AutoModel
     if with_head:
         auto = AutoModelForMaskedLM if architecture == "encoder" else AutoModelForCausalLM
-    loaded, report = _read(auto, base, {**options, "config": config})
+    loaded, report = read_weights(auto, base, {**options, "config": config})
     backbone: Any = loaded.base_model if with_head else loaded
     missing = sorted(report["missing_keys"])
     inner = {name for name, _ in backbone.named_parameters() if not name.startswith("pooler.")}
@@ -151,7 +151,7 @@ def load_backbone(
     return backbone, (loaded if with_head else None), missing
 
 
-def _read(auto: Any, base: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def read_weights(auto: Any, base: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A model and transformers' report on its weights; raises ValueError naming what is wrong with `base`."""
     attention = options.get("attn_implementation")
     with quiet():
