@@ -186,6 +186,8 @@ def _pooling(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: pooling_strategy must be max or sum; found {pooling!r}")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{path}: activation_function must be one of {', '.join(_ACTIVATIONS)}; found {activation!r}")
+    if (pooling, activation) == ("sum", "log1p_relu"):
+        raise ValueError(f"{path}: activation_function log1p_relu goes with pooling_strategy max here, not with sum")
     dimensions = facts.get("embedding_dimension", facts.get("word_embedding_dimension"))
     return {"pooling": cast(Pooling, pooling), "activation": _ACTIVATIONS[activation], "dimensions": dimensions}
 

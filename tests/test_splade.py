@@ -15,6 +15,7 @@ from train_helpers import settings
 from transformers import AutoTokenizer
 
 import lens
+from eval.run import model_folders
 from lens.cli import main
 from lens.head import lexical_pool
 from train.run import main as train
@@ -199,6 +200,20 @@ def test_repositories_of_the_hub_come_with_the_folders_of_their_modules(plain, t
     expected = lens.load(tmp_path / "repository").encode(TEXTS)
     np.testing.assert_array_equal(ours.encode(TEXTS), expected)
     assert not (tmp_path / "cache" / "onnx").exists()
+
+
+def test_the_evaluator_takes_them(plain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def download(name, file):
+        if (name, file) != ("owner/splade", "config.json"):
+            raise FileNotFoundError(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    systems = model_folders([f"SPLADE={plain['bert']}", "hub=owner/splade"])
+    assert systems == {"SPLADE": str(plain["bert"]), "hub": "owner/splade"}
+    with pytest.raises(FileNotFoundError, match="neither a folder nor on the hub"):
+        model_folders(["owner/other"])
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "roberta", "modernbert"])

@@ -59,6 +59,11 @@ DAMAGES = [
     ("saved", lambda f: write(f / "modules.json", [{"path": "", "type": "a.SpladePooling"}]), "no sparse encoder"),
     ("saved", lambda f: change(f / "1_SpladePooling/config.json", activation_function="tanh"), "found 'tanh'"),
     ("saved", lambda f: change(f / "1_SpladePooling/config.json", pooling_strategy="mean"), "found 'mean'"),
+    (
+        "saved",
+        lambda f: change(f / "1_SpladePooling/config.json", pooling_strategy="sum", activation_function="log1p_relu"),
+        "log1p_relu goes with pooling_strategy max here",
+    ),
     ("saved", lambda f: change(f / "1_SpladePooling/config.json", embedding_dimension=9), "saved for 9 dimensions"),
     ("saved", lambda f: (f / "1_SpladePooling/config.json").unlink(), "config.json is missing"),
     ("saved", lambda f: change(f / "sentence_bert_config.json", transformer_task="retrieval"), "must be fill-mask"),
