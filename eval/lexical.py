@@ -11,15 +11,17 @@ from typing import Any
 from eval.scoring import System, judged_queries, lens_system, vector_system
 from lens.corpus import Beir
 from lens.deepct import CONFIG_FILE as DEEPCT_FILE
-from lens.deepct import DeepCT
+from lens.deepct import SCALE, DeepCT
 from lens.sparterm import CONFIG_FILE as SPARTERM_FILE
 from lens.sparterm import MODES, SparTerm
 
 
-def deepct_system(name: str, model: DeepCT, beir: Beir, k1: float = 10.0, b: float = 0.75) -> System:
-    """BM25 over the term frequencies of a DeepCT model as a system."""
+def deepct_system(
+    name: str, model: DeepCT, beir: Beir, k1: float = 10.0, b: float = 0.75, scale: float = SCALE
+) -> System:
+    """BM25 over the term frequencies of a DeepCT model as a system; the options are those of `DeepCT.index`."""
     start = time.perf_counter()
-    index = model.index(list(beir.corpus.values()), k1, b)
+    index = model.index(list(beir.corpus.values()), k1, b, scale)
     queries = index.queries(model.words([beir.queries[query] for query in judged_queries(beir)]))
     system = vector_system(name, queries, index.documents, matching=True, seconds=time.perf_counter() - start)
     return replace(system, bounded=False)
@@ -63,6 +65,6 @@ def load_lexical(folder: str, device: str | None = None) -> DeepCT | SparTerm:
     raise FileNotFoundError(f"{path} holds neither {DEEPCT_FILE} nor {SPARTERM_FILE}: it is no model of either kind")
 
 
-def lexical_system(name: str, model: Any, beir: Beir, k1: float = 10.0, b: float = 0.75) -> System:
-    """A model that `load_lexical` gave as a system; k1 and b are DeepCT's."""
-    return deepct_system(name, model, beir, k1, b) if isinstance(model, DeepCT) else lens_system(name, model, beir)
+def lexical_system(name: str, model: Any, beir: Beir, *deepct: float) -> System:
+    """A model that `load_lexical` gave as a system; `deepct` are k1, b and scale of `deepct_system`."""
+    return deepct_system(name, model, beir, *deepct) if isinstance(model, DeepCT) else lens_system(name, model, beir)

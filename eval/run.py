@@ -112,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bm25-stopwords", default="english", metavar="LANGUAGE", help="stopword list of bm25s, or none")
     add("--bm25-stemmer", default="english", metavar="LANGUAGE", help="Snowball stemmer, or none for plain words")
     add("--deepct-k1", type=float, default=10.0, help="the same over DeepCT's frequencies, which run to 100")
+    add("--deepct-scale", type=float, default=100.0, help="DeepCT's frequencies are round(scale * weight)")
     add("--deepct-b", type=float, default=0.75, help="the same over DeepCT's frequencies")
     add("--depth", type=int, default=1000, metavar="DOCUMENTS", help="documents ranked per query, at least 100")
     add("--block", type=int, metavar="QUERIES", help="queries scored at a time; unset: 32 MB of scores per system")
@@ -140,7 +141,7 @@ def load(args: argparse.Namespace) -> Loaded:
     if args.fuse and not (args.model and set(FUSED) & set(args.baselines)):
         raise ValueError("--fuse sums a model with baselines: give --model and --baselines dense, bm25 or both")
     limits = {"depth": 100, "dense_length": 3, "block": 1, "resamples": 100}
-    limits |= dict.fromkeys(("bm25_k1", "bm25_b", "deepct_k1", "deepct_b"), 0.0)
+    limits |= dict.fromkeys(("bm25_k1", "bm25_b", "deepct_k1", "deepct_b"), 0.0) | {"deepct_scale": 1.0}
     for field, least in limits.items():
         value = getattr(args, field)
         if value is not None and not value >= least:
@@ -242,7 +243,7 @@ def systems(loaded: Loaded, beir: Beir, args: argparse.Namespace) -> tuple[list[
     """The systems of a data set, encoded, and the fusions of each model: with dense, then with BM25 too."""
     built = [lens_system(name, model, beir, args.instruction) for name, model in loaded.models.items()]
     for name, model in loaded.lexical.items():
-        built.append(lexical_system(name, model, beir, args.deepct_k1, args.deepct_b))
+        built.append(lexical_system(name, model, beir, args.deepct_k1, args.deepct_b, args.deepct_scale))
     if loaded.dense:
         built.append(dense_system("dense", loaded.dense, beir))
     if "bm25" in args.baselines:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import lens
+from lens.chunked import max_pool
 from lens.config import LensConfig
 from lens.deepct import read_config
 from lens.devices import Device, resolve_device
@@ -69,9 +70,9 @@ class SparTermConfig:
 
 
 class Terms(NamedTuple):
-    """What a model finds in B texts: importance (B, K), gate logits (B, K) where asked for, own terms (B, K) bool."""
+    """What a model finds in B texts: embeddings (B, K), gate logits (B, K) but in mode literal, own terms (B, K)."""
 
-    importance: Tensor
+    embeddings: Tensor
     gate: Tensor | None
     own: Tensor
 
@@ -89,31 +90,25 @@ def mask(mode: Mode, own: Tensor, gate: Tensor | None, threshold: float) -> Tens
     return opened & ~own if mode == "expansion" else opened | own
 
 
-def sum_relu(logits: Tensor) -> Tensor:
-    """Importance (K,) of one text's logits (rows, K)."""
-    return torch.relu(logits).float().sum(0)
+def importance(rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int], chosen: Tensor) -> Tensor:
+    """Sums of relu(logit) over each text's rows, (T, D), (K, D), (K,) -> (B, K) float32, for the `chosen` terms
+    (B, K) bool; 0 for all others. For the backward pass a text's logits are computed again."""
 
+    def text(part: Tensor, terms: Tensor) -> Tensor:
+        every = len(terms) == len(weight)
+        columns = weight if every else weight[terms]
+        own_bias = bias if every or bias is None else bias[terms]
+        sums = torch.relu(F.linear(part, columns, own_bias)).float().sum(0)
+        return sums if every else sums.new_zeros(len(weight)).index_copy(0, terms, sums)
 
-def greatest(logits: Tensor) -> Tensor:
-    """Gate logits (K,) of one text's logits (rows, K)."""
-    return logits.float().max(0).values if len(logits) else logits.new_full(logits.shape[1:], CLOSED).float()
-
-
-def pool(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int], reduce: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Reduces the logits of each text's rows, (T, D), (K, D), (K,) -> (B, K). Logits of one text exist at a time: for
-    the backward pass they are computed again."""
-
-    def text(part: Tensor) -> Tensor:
-        return reduce(F.linear(part, weight, bias))
-
-    parts = torch.split(rows, list(lengths))
-    if torch.is_grad_enabled():
-        pooled = [checkpoint(text, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    else:
-        pooled = [text(part) for part in parts]
-    return torch.stack(pooled) if pooled else weight.new_zeros(0, len(weight))
+    found = []
+    for part, row in zip(torch.split(rows, list(lengths)), chosen, strict=True):
+        terms = row.nonzero().squeeze(1)
+        if torch.is_grad_enabled():
+            found.append(checkpoint(text, part, terms, use_reentrant=False, preserve_rng_state=False))
+        else:
+            found.append(text(part, terms))
+    return torch.stack(found) if found else weight.new_zeros(0, len(weight))
 
 
 class Gate(nn.Module):
@@ -132,7 +127,7 @@ class Gate(nn.Module):
 
 
 class SparTermModel(nn.Module):
-    """Tokens in, importance, gate and own terms out. `importance` is a LensModel with a vocabulary head, or clusters.
+    """Tokens in, embeddings, gate and own terms out. `importance` is a LensModel with a vocabulary head, or clusters.
 
     Raises ValueError for a decoder, whose positions describe other tokens than their own, and for a dense head.
     """
@@ -146,21 +141,24 @@ class SparTermModel(nn.Module):
             )
         self.importance, self.gate, self.config = importance, Gate(importance), config
 
-    def forward(self, inputs: dict[str, Any], with_gate: bool = True) -> Terms:
-        """The terms of texts given as LensModel's arguments (padded or packed)."""
+    def forward(self, inputs: dict[str, Any], mode: Mode) -> Terms:
+        """The terms of texts in a mode; `inputs` are LensModel's arguments (padded or packed)."""
         model, offsets, pooled = self.importance, inputs["pool_offsets"], inputs["pooled"]
         keys = ("input_ids", "attention_mask", "cu_seqlens", "lengths", "pooled")
         states = model.pooled_states(**{key: inputs[key] for key in keys if key in inputs})  # (T, D)
         states = states.to(model.head.weight.dtype)
         lengths = offsets.diff().tolist()
         head = model.head
-        importance = pool(head.transform(states, offsets), head.weight, head.bias, lengths, sum_relu)
-        gate = None
-        if with_gate:
-            gate = pool(self.gate.transform(states, offsets), head.weight, self.gate.bias, lengths, greatest)
         tokens = inputs["input_ids"].flatten().index_select(0, pooled)
         owner = torch.repeat_interleave(offsets.diff(), output_size=len(tokens))
-        return Terms(importance, gate, self.bag(owner, tokens, len(lengths)))
+        own = self.bag(owner, tokens, len(lengths))
+        gate = None
+        if mode != "literal":
+            rows = self.gate.transform(states, offsets).to(head.weight.dtype)
+            gate = max_pool(rows, head.weight, self.gate.bias, lengths).clamp(min=CLOSED)
+        chosen = mask(mode, own, None if gate is None else gate.detach(), self.config.threshold)
+        rows = head.transform(states, offsets)
+        return Terms(importance(rows, head.weight, head.bias, lengths, chosen), gate, own)
 
     def bag(self, owner: Tensor, tokens: Tensor, count: int) -> Tensor:
         """The bags of `count` texts, (count, K) bool, from token ids (M,) and the texts they belong to (M,)."""
@@ -169,11 +167,6 @@ class SparTermModel(nn.Module):
         found = torch.zeros(count, self.importance.config.dimensions, dtype=torch.bool, device=tokens.device)
         found[owner[known], terms[known]] = True
         return found
-
-    def embed(self, inputs: dict[str, Any], mode: Mode) -> Tensor:
-        """Embeddings (B, K) float32, not negative, in a mode."""
-        terms: Terms = self(inputs, with_gate=mode != "literal")
-        return terms.importance * mask(mode, terms.own, terms.gate, self.config.threshold)
 
 
 class SparTerm:
@@ -218,7 +211,7 @@ class SparTerm:
         if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is no SparTerm model folder")
         config = replace(read_config(folder / CONFIG_FILE, FORMAT_VERSION, SparTermConfig), **changes)
-        if not config.gate_trained and (config.mode, config.query_mode) != ("literal", "literal"):
+        if not config.gate_trained and {config.mode, config.query_mode} != {"literal"}:
             raise ValueError(f"{folder} was trained in mode literal, without its gate: leave the mode literal")
         importance, tokenizer = load_model(folder / IMPORTANCE_FOLDER)
         model = SparTermModel(importance, config)
@@ -264,7 +257,7 @@ class SparTerm:
         with tqdm(total=len(texts), desc="SparTerm", unit="text", disable=None, leave=False) as bar:
             for rows in token_batches([len(item.ids) for item in tokens], budget):
                 inputs = self.text.collate([tokens[row] for row in rows]).inputs(self.device)
-                embeddings = self.model.embed(inputs, mode)
+                embeddings = self.model(inputs, mode).embeddings
                 if not bool(torch.isfinite(embeddings).all()):
                     raise FloatingPointError("embeddings hold NaN or infinite values: train again")
                 parts.append(to_csr(embeddings))

@@ -23,11 +23,12 @@ from transformers import BertForMaskedLM
 from eval import run as evaluation
 from eval.lexical import load_lexical
 from eval.scoring import evaluate, lens_system
+from lens.chunked import max_pool
 from lens.config import LensConfig
 from lens.corpus import Beir
 from lens.head import LexicalHead
 from lens.model import LensModel
-from lens.sparterm import MODES, SparTerm, SparTermConfig, SparTermModel, greatest, mask, pool, sum_relu
+from lens.sparterm import MODES, SparTerm, SparTermConfig, SparTermModel, importance, mask
 from train.sparterm import gate_loss, main, ranking_loss
 
 STATES = torch.tensor([[2.0, -1.0, 0.5, -3.0], [1.0, 3.0, -2.0, -4.0], [-1.0, -1.0, -1.0, -1.0], [0.0, 0.0, 0.0, 6.0]])
@@ -71,13 +72,12 @@ def inputs(*texts: list[int]) -> dict[str, torch.Tensor]:
 def test_modes_by_hand() -> None:
     """Text (0, 1): relu summed over its two states is (3, 3, 0.5, 0), the greatest logits (2, 3, 0.5, -3)."""
     model = four()
-    terms = model(inputs([0, 1], [3, 2]))
-    assert terms.importance.tolist() == [[3.0, 3.0, 0.5, 0.0], [0.0, 0.0, 0.0, 6.0]]
+    terms = model(inputs([0, 1], [3, 2]), "enhanced")
     assert terms.gate.tolist() == [[2.0, 3.0, 0.5, -3.0], [0.0, 0.0, 0.0, 6.0]]
     assert terms.own.tolist() == [[True, True, False, False], [False, False, True, True]]
 
     def embedded(mode: Any) -> list[float]:
-        found: list[float] = model.embed(inputs([0, 1]), mode)[0].tolist()
+        found: list[float] = model(inputs([0, 1]), mode).embeddings[0].tolist()
         return found
 
     assert embedded("literal") == [3.0, 3.0, 0.0, 0.0]
@@ -88,9 +88,9 @@ def test_modes_by_hand() -> None:
 def test_threshold_and_bias_of_the_gate_by_hand() -> None:
     """sigmoid(0.5) = 0.622: a threshold of 0.63 shuts term 2; the gate's bias opens it again, not its importance."""
     model = four(threshold=0.63)
-    assert model.embed(inputs([0, 1]), "enhanced")[0].tolist() == [3.0, 3.0, 0.0, 0.0]
+    assert model(inputs([0, 1]), "enhanced").embeddings[0].tolist() == [3.0, 3.0, 0.0, 0.0]
     model.gate.bias.data[2] = 0.1
-    assert model.embed(inputs([0, 1]), "enhanced")[0].tolist() == [3.0, 3.0, 0.5, 0.0]
+    assert model(inputs([0, 1]), "enhanced").embeddings[0].tolist() == [3.0, 3.0, 0.5, 0.0]
     own = torch.tensor([[True, False, False, True]])
     logits = torch.tensor([[-9.0, math.log(0.7 / 0.3) + 1e-4, math.log(0.7 / 0.3) - 1e-4, 9.0]])
     assert mask("expansion", own, logits, 0.7).tolist() == [[False, True, False, False]]
@@ -104,7 +104,7 @@ def test_a_text_without_tokens_gets_nothing() -> None:
     model = four()
     nothing = {**inputs([0, 1]), "pooled": torch.arange(0), "pool_offsets": torch.tensor([0, 0])}
     for mode in MODES:
-        assert model.embed(nothing, mode).tolist() == [[0.0] * 4]
+        assert model(nothing, mode).embeddings.tolist() == [[0.0] * 4]
 
 
 def test_ranking_loss_by_hand() -> None:
@@ -135,23 +135,25 @@ def test_gate_loss_by_hand() -> None:
 def test_pooling_recomputed_has_the_gradients_of_a_naive_loop() -> None:
     torch.manual_seed(0)
     lengths = [3, 1, 5]
-    rows, weight, bias = (torch.randn(shape, dtype=torch.double) for shape in ((9, 6), (7, 6), (7,)))
+    rows, weight, bias = (torch.randn(shape) for shape in ((9, 6), (7, 6), (7,)))
     picks = torch.randn(2, 3, 7)
+    chosen = torch.rand(3, 7) > 0.4
+    chosen[1], chosen[2] = False, True
 
     def run(naive: bool) -> list[torch.Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in (rows, weight, bias)]
         if naive:
             logits = leaves[0] @ leaves[1].T + leaves[2]
             parts = [logits[:3], logits[3:4], logits[4:]]
-            sums = torch.stack([part.clamp(min=0).sum(0) for part in parts])
+            sums = torch.stack([part.clamp(min=0).sum(0) for part in parts]) * chosen
             most = torch.stack([part.amax(0) for part in parts])
         else:
-            sums, most = (pool(*leaves, lengths, reduce) for reduce in (sum_relu, greatest))
+            sums, most = importance(*leaves, lengths, chosen), max_pool(*leaves, lengths)
         loss = (sums * picks[0]).sum() + (most * picks[1]).sum()
         return [sums, most, *torch.autograd.grad(loss, leaves)]
 
     for found, wanted in zip(run(False), run(True), strict=True):
-        assert torch.allclose(found.double(), wanted, atol=1e-5)
+        assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_embeddings_equal_a_naive_loop_and_do_not_depend_on_the_batch(bert_mlm: Path) -> None:
@@ -172,8 +174,10 @@ def test_embeddings_equal_a_naive_loop_and_do_not_depend_on_the_batch(bert_mlm: 
         assert np.allclose(vector, wanted, atol=1e-4)
     alone = np.concatenate([model.encode_documents([text], output="numpy") for text in texts])
     assert np.allclose(found, alone, atol=1e-5)
-    queries = model.encode_queries(texts)
-    assert all(set(queries[i].indices) <= set(model.tokenizer(text)["input_ids"]) for i, text in enumerate(texts))
+    queries = model.encode_queries(texts, output="numpy")  # literal: the same on the text's own terms
+    for query, vector, text in zip(queries, found, texts, strict=True):
+        own = np.isin(np.arange(len(query)), model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert np.allclose(query, vector * own, atol=1e-5)
 
 
 def test_clusters_serve_as_terms(bert: Path, bert_clusters: Path) -> None:
@@ -291,19 +295,28 @@ def test_a_killed_run_goes_on_to_the_same_weights(bert_mlm: Path, examples: Path
 
 def test_literal_mode_leaves_the_gate_alone(bert_mlm: Path, examples: Path, tmp_path: Path) -> None:
     output = tmp_path / "literal"
-    assert main(arguments(bert_mlm, examples, output, mode="literal")) == 0
+    assert main(arguments(bert_mlm, examples, output, mode="literal", precision="bf16")) == 0
     assert "gate" not in (output / "training_log.jsonl").read_text()
     assert SparTerm.load(output, "cpu").model.config.mode == "literal"
     with pytest.raises(ValueError, match="without its gate"):
         SparTerm.load(output, "cpu", mode="enhanced")
 
 
+def test_half_precision_and_a_shut_gate(bert_mlm: Path, examples: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shut"
+    assert main(arguments(bert_mlm, examples, output, precision="bf16", gate_bias=-100, max_steps=2)) == 0
+    model = SparTerm.load(output, "cpu")
+    literal = SparTerm.load(output, "cpu", mode="literal")
+    texts = ["quick fox", "parse a date"]
+    assert (model.encode_documents(texts) != literal.encode_documents(texts)).nnz == 0
+    assert SparTerm.load(output, "cpu", mode="expansion").encode_documents(texts).nnz == 0
+
+
 def test_the_gate_passes_no_gradient_to_the_ranking(bert_mlm: Path) -> None:
     torch.manual_seed(0)
     model = SparTerm.build(bert_mlm, SparTermConfig(), "cpu")
     batch = model.text.collate(model.text(["the quick brown fox", "parse a date"])).inputs()
-    terms = model.model(batch)
-    embedded = terms.importance * mask("enhanced", terms.own, terms.gate, 0.5)
+    embedded = model.model(batch, "enhanced").embeddings
     F.cross_entropy(embedded[:1] @ embedded.T, torch.tensor([1])).backward()
     assert all(parameter.grad is None for parameter in model.model.gate.parameters())
     assert float(model.model.importance.head.weight.grad.abs().sum()) > 0
@@ -318,6 +331,7 @@ def test_bad_input_gets_one_line(
         (arguments(bert_mlm, lonely, output), "`neg` is empty but group_size=2"),
         (arguments(bert_mlm, examples, output, threshold=1.5), "threshold must lie between 0 and 1"),
         (arguments(bert_mlm, examples, output, temperature=0), "--temperature must be above 0"),
+        (arguments(bert_mlm, examples, output, mode="literal", query_mode="enhanced"), "--query-mode enhanced needs"),
         (arguments(bert_mlm, examples, output, negatives=0), "--negatives 0 leaves nothing"),
         (arguments(bert_mlm, examples, output, gate_weight="nan"), "--gate-weight must be at least 0"),
         (arguments(bert_mlm, examples, output, document_max_length=999), "more than the 128 positions"),

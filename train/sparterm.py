@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from lens.program import interruptible
-from lens.sparterm import CONFIG_FILE, MODES, Mode, SparTerm, SparTermConfig, SparTermModel, mask
+from lens.sparterm import CONFIG_FILE, MODES, SparTerm, SparTermConfig, SparTermModel
 from train.data import Example, choose
 from train.lexical import Steps, add_options, begun, check_options, schedule_of, train
 from train.sources import read_examples
@@ -57,7 +58,7 @@ def gate_loss(logits: Tensor, wanted: Tensor, positive: float = 1.0, negative: f
 
 
 class Training(nn.Module):
-    """A model with its two losses: `rank` on importance under the mask, through which no gradient flows, and `gate`."""
+    """A model with its two losses: `rank` of its embeddings, from which no gradient reaches the gate, and `gate`."""
 
     def __init__(self, model: SparTermModel, options: argparse.Namespace) -> None:
         super().__init__()
@@ -69,17 +70,11 @@ class Training(nn.Module):
         """The loss of Q queries and their Q*P passages, given as LensModel's arguments. `asked` (M,) are the tokens of
         all queries of the first passages, which `asked_rows` (M,) number from 0 to Q-1."""
         config, options = self.model.config, self.options
-        modes: set[Mode] = {config.mode, config.query_mode}
-        query = self.model(queries, with_gate=config.query_mode != "literal")
-        passage = self.model(passages, with_gate=modes != {"literal"})
-        embedded = [
-            terms.importance * mask(mode, terms.own, terms.gate, config.threshold)
-            for mode, terms in ((config.query_mode, query), (config.mode, passage))
-        ]
-        rank = ranking_loss(*embedded, options.in_batch_negatives, options.temperature)
+        query, passage = self.model(queries, config.query_mode), self.model(passages, config.mode)
+        rank = ranking_loss(query.embeddings, passage.embeddings, options.in_batch_negatives, options.temperature)
         if passage.gate is None:
             return {"loss": rank, "rank": rank}
-        wanted = self.model.bag(asked_rows, asked, len(query.importance))
+        wanted = self.model.bag(asked_rows, asked, len(query.embeddings))
         first = passage.gate[:: len(passage.gate) // len(wanted)]
         gate = gate_loss(first, wanted, options.positive_weight, options.negative_weight)
         return {"loss": rank + options.gate_weight * gate, "rank": rank, "gate": gate}
@@ -120,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add("--in-batch-negatives", action="store_true", help="the other queries' passages are negatives too")
     add("--temperature", type=float, default=1.0, help="inner products are divided by it in the ranking loss (1)")
     add("--gate-weight", type=float, default=1.0, help="of the gate's loss beside the ranking loss (1)")
+    add("--gate-bias", type=float, default=0.0, help="added to the gate's bias at first: below 0 it begins shut (0)")
     add("--positive-weight", type=float, default=1.0, help="in the gate's loss, of terms that queries hold (1)")
     add("--negative-weight", type=float, default=1.0, help="in the gate's loss, of all other terms (1)")
     add("--query-max-length", type=int, default=64, metavar="TOKENS")
@@ -147,6 +143,10 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(options, name)}")
     if not options.temperature > 0:
         raise ValueError(f"--temperature must be above 0, found {options.temperature}")
+    if options.mode == "literal" and options.query_mode != "literal":
+        raise ValueError(f"--query-mode {options.query_mode} needs the gate, which --mode literal leaves untrained")
+    if not math.isfinite(options.gate_bias):
+        raise ValueError(f"--gate-bias must be a finite number, found {options.gate_bias}")
     if options.negatives == 0 and not options.in_batch_negatives:
         raise ValueError("--negatives 0 leaves nothing to rank below: raise it, or add --in-batch-negatives")
 
@@ -154,7 +154,7 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Trains by the options; raises ValueError, OSError, ImportError or FloatingPointError with one clear line."""
     check(options)
-    gated = {options.mode, options.query_mode} != {"literal"}
+    gated = options.mode != "literal"
     config = SparTermConfig(options.mode, options.query_mode, options.threshold, gate_trained=gated)
     examples: list[Example] = [
         example for file in options.data for example in read_examples(file, options.negatives + 1)
@@ -173,6 +173,8 @@ def run(options: argparse.Namespace) -> int:
         lengths = {name: getattr(options, name) for name in ("query_max_length", "document_max_length")}
         given = {name: value for name, value in settings.items() if value is not None}
         model = SparTerm.build(options.base, dataclasses.replace(config), options.device, **given, **lengths)
+        with torch.no_grad():
+            model.model.gate.bias += options.gate_bias
         schedule = schedule_of(options, len(examples), "the data")
 
         def batch(step: int, rows: list[int]) -> dict[str, Any]:
