@@ -152,14 +152,14 @@ def plan(
         Step(
             "mine",
             "Mine hard negatives with BM25",
-            f"train/mine.py --beir {out}/data/train --split train --output {out}/mined.jsonl",
-            output / "mined.jsonl",
+            f"train/mine.py --beir {out}/data/train --split train --output {out}/mined/examples.jsonl",
+            output / "mined",
             after=("data",),
         ),
         Step(
             "score",
             "Teacher scores from the backbone's own cosine similarity",
-            f"train/score.py --model {base} --data {out}/mined.jsonl --output {out}/train/examples.jsonl "
+            f"train/score.py --model {base} --data {out}/mined/examples.jsonl --output {out}/train/examples.jsonl "
             f"--embeddings {out}/train/teacher.safetensors",
             output / "train",
             after=("mine",),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lens.config import Pooling, Positions, Prompt, QueryEncoder, Transform
+from train import contradictions
 from train.fields import typed
 
 OWN_NEGATIVES_TYPES = ("symmetric_class", "symmetric_clustering")
@@ -122,6 +123,19 @@ class Recipe:
     than false_negative_margin. Distillation sees them all."""
     false_negative_margin: float = 0.0
     """In units of the teacher's scores; below 0 it also leaves out passages that score just below the positive."""
+    refresh_steps: int | None = None
+    """Optimizer steps between minings of hard negatives with the model as it then is (ANCE); None: never. They take the
+    place of the data's own, which serve until the first, and have no teacher scores."""
+    refresh_corpus: str | None = None
+    """What is mined from: .jsonl(.gz), .txt or a BEIR folder; None: the passages of the training data."""
+    refresh_negatives: int = 15
+    """Negatives mined for each query."""
+    refresh_depth: int = 100
+    """Ranks that they are drawn from."""
+    refresh_skip: int = 0
+    """Best ranks left out, where unjudged positives hide."""
+    refresh_max_share: float | None = None
+    """Their scores must be below the positive's times this, such as 0.95; None: any."""
     temperature: float = 0.02
     """Scores are divided by it before the softmax."""
     kd_weight: float = 1.0
@@ -222,7 +236,7 @@ class Recipe:
             "eval_steps": 1, "workers": 0, "mini_batch_tokens": 1, "query_max_length": 4, "document_max_length": 4,
             "kd_weight": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "shuffle_buffer": 1, "contrastive_weight": 0.0,
             "query_sparsity": 0.0, "passage_sparsity": 0.0, "sparsity_warmup_steps": 0, "query_top_k": 1,
-            "passage_top_k": 1,
+            "passage_top_k": 1, "refresh_steps": 1, "refresh_negatives": 1, "refresh_depth": 1, "refresh_skip": 0,
         }  # fmt: skip
         for name, limit in at_least.items():
             value = getattr(self, name)
@@ -247,7 +261,8 @@ class Recipe:
             if self.data.count(source) > 1:
                 raise ValueError(f"data names {source} twice: name it once, with data_weights to see it more often")
         self._check_data()
-        self._check_loss()
+        contradictions.check_loss(self)
+        contradictions.check_refresh(self)
         if self.backbone == "frozen":
             if not self.train_head and self.transform in (None, "none"):
                 raise ValueError(
@@ -295,27 +310,6 @@ class Recipe:
             )
         if self.group_size == 1 and not self.in_batch_negatives:
             raise ValueError("group_size=1 contradicts in_batch_negatives=false: no negative is left")
-
-    def _check_loss(self) -> None:
-        bag = self.query_encoder == "bag"
-        if self.query_idf and (not bag or self.streaming):
-            other = "streaming=true, whose passages are not at hand" if bag else "query_encoder=model"
-            raise ValueError(f"query_idf=true contradicts {other}")
-        if bag and (self.query_sparsity > 0 or self.query_top_k is not None):
-            raise ValueError(
-                "query_sparsity and query_top_k contradict query_encoder=bag: nothing of queries is learnt"
-            )
-        if self.contrastive_weight == 0 and self.kd_weight == 0:
-            raise ValueError("contrastive_weight=0 contradicts kd_weight=0: nothing is learnt")
-        weights = self.query_sparsity + self.passage_sparsity
-        if self.sparsity == "none" and weights > 0:
-            raise ValueError("query_sparsity and passage_sparsity need a regulariser: set sparsity to flops or l1")
-        if self.sparsity != "none" and weights == 0:
-            raise ValueError(f"sparsity={self.sparsity} has no weight: set query_sparsity and passage_sparsity above 0")
-        if self.head == "dense":
-            for name, unset in {"sparsity": "none", "query_top_k": None, "passage_top_k": None}.items():
-                if getattr(self, name) != unset:
-                    raise ValueError(f"{name}={getattr(self, name)} contradicts head=dense, which is not sparse")
 
     def _check_data(self) -> None:
         weights = self.data_weights

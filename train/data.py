@@ -193,6 +193,8 @@ class Batches(Dataset[dict[str, Any]]):
         self.teacher = teacher
         self.mini_batch_tokens = mini_batch_tokens
         self.packed = packed
+        self.refreshed: Callable[[int, int, int, Example], Example] | None = None
+        """Gives examples the negatives of their batch, see train/refresh.py."""
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -201,6 +203,9 @@ class Batches(Dataset[dict[str, Any]]):
         """The groups of the whole batch of `step`, all ranks together, in order."""
         source, indices = self.schedule.batch(step)
         examples = [self.sources[source][index] for index in indices]
+        if self.refreshed is not None:
+            refreshed = self.refreshed
+            examples = [refreshed(step, source, *pair) for pair in zip(indices, examples, strict=True)]
         size = self.group_size if self.group_size_of is None else self.group_size_of(examples[0].type)
         return [choose(item, size, self.schedule.rng(step, position)) for position, item in enumerate(examples)]
 

@@ -135,5 +135,7 @@ def check_stage(recipe: Recipe, stage: int) -> None:
         raise ValueError("backbone=top contradicts ZeRO stage 3: take zero2")
     if recipe.query_encoder == "bag":
         raise ValueError("query_encoder=bag contradicts ZeRO stage 3: take zero2")
+    if recipe.refresh_steps is not None:
+        raise ValueError("refresh_steps contradicts ZeRO stage 3: take zero2")
     if recipe.eval_data:
         raise ValueError("eval_data contradicts ZeRO stage 3: take zero2, or evaluate the finished model")

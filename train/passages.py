@@ -129,13 +129,13 @@ class Texts:
     """Texts of a corpus by position, read from a file of them when asked for."""
 
     def __init__(self, path: Path, positions: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        self._positions, self._ends = positions, ends
+        self._positions, self.ends = positions, ends
         with path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if ends[-1] else b""
 
     def __getitem__(self, position: int) -> str:
         place = int(np.searchsorted(self._positions, position))
-        return self._bytes[self._ends[place] : self._ends[place + 1]].decode()
+        return self._bytes[self.ends[place] : self.ends[place + 1]].decode()
 
 
 def distinct(texts: Sequence[str]) -> list[str]:

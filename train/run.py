@@ -32,6 +32,7 @@ from transformers import TrainingArguments, set_seed
 
 from lens.bag import idf
 from lens.card import Facts, recipe_facts
+from lens.corpus import texts_file
 from lens.devices import resolve_device
 from lens.files import check_output, read_json, write_json
 from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel
@@ -46,6 +47,7 @@ from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
 from train.overrides import load_recipe, parse_overrides
 from train.parallel import check_stage, collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping, ending_workers
+from train.refresh import Refresh
 from train.sampler import Schedule
 from train.sources import DataSet, distinct_passages, local_files, make_schedule, read_sources
 from train.states import compute_states, keys_of
@@ -168,8 +170,11 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
         recipe.mini_batch_tokens,
         packed,
     )
-    trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top, evaluation, stopping)
+    refresh = None if recipe.refresh_steps is None else Refresh(recipe, batches, output)
+    trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top, evaluation, stopping, refresh)
     checkpoint = next(reversed(whole_checkpoints(output)), None)
+    if refresh is not None:
+        refresh.forget(0 if checkpoint is None else int(checkpoint.name.partition("-")[2]))
     for marker in sorted(output.glob(f"checkpoint-*/{COMPLETE_FILE}")):
         if lost := damage(marker.parent):
             _say(rank, f"{marker.parent} is damaged ({', '.join(lost[:3])}) and left out")
@@ -236,6 +241,7 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
     """
     files = [file for source in recipe.data for file in local_files(source)]
     files += [recipe.teacher_embeddings] if recipe.teacher_embeddings else []
+    files += [str(texts_file(recipe.refresh_corpus))] if recipe.refresh_corpus else []
     if recipe.clusters is not None:
         files.append(str(Path(recipe.clusters) / CLUSTERS_FILE))
     files += [str(path) for path in sorted(Path(recipe.base).expanduser().glob("*.safetensors"))]

@@ -33,6 +33,7 @@ from train.evaluate import EVALUATION_FILE, best_folder, best_so_far, evaluate
 from train.loss import contrastive_loss
 from train.parallel import SharedMemory, collected
 from train.progress import Progress, Stopping
+from train.refresh import Refresh
 from train.sparsity import keep_top, regulariser, warmed_up
 from train.step import QueryPassageModel, cached_backward
 from train.top import TopLayers
@@ -54,6 +55,7 @@ class LensTrainer(Trainer):
         top: TopLayers | None = None,
         evaluation: Sequence[Beir] = (),
         stopping: Stopping | None = None,
+        refresh: Refresh | None = None,
     ) -> None:
         wrapped = QueryPassageModel(model, top)
         super().__init__(model=wrapped, args=arguments, train_dataset=batches)
@@ -64,6 +66,10 @@ class LensTrainer(Trainer):
         self.progress = Progress(Path(recipe.output))
         self.add_callback(self.progress)
         self.add_callback(SharedMemory())
+        self.refresh = refresh
+        self.mined: dict[str, float] = {}  # of the mining since the last line of the log
+        if refresh is not None:
+            self.add_callback(_Refreshing(self))
         if evaluation:
             self.add_callback(_Evaluating(recipe.eval_steps))
         if stopping is not None:
@@ -151,6 +157,11 @@ class LensTrainer(Trainer):
                 figures = self.watch.figures()
             logs.update(figures)
             logs["temperature"] = self.recipe.temperature
+            mined = None if self.refresh is None else self.refresh.refreshed.mined_at(self.state.global_step - 1)
+            if mined is not None:
+                logs["negatives_age"] = self.state.global_step - mined
+            logs.update(self.mined)
+            self.mined = {}
             if figures and self.recipe.head == "lexical" and self.state.global_step > self.recipe.warmup_steps:
                 for warning in self.watch.warnings(figures):
                     self.progress.say(f"warning: step {self.state.global_step}: {warning}")
@@ -190,6 +201,16 @@ class LensTrainer(Trainer):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.lens.write(folder, self.tokenizer)
+
+    def refresh_negatives(self) -> None:
+        """Mines hard negatives with the model as it is, where that is due."""
+        if self.refresh is None or not self.refresh.due(self.state.global_step):
+            return
+        mode = self.lens.training
+        with self.accelerator.autocast():
+            model = LENS(self.lens, self.tokenizer, self.args.device, packed=self.recipe.packed)
+            self.mined = self.refresh(model, self.state.global_step)
+        self.lens.train(mode)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """nDCG@10 on the evaluation's data sets; the model's artifact goes to `best` when it is the best so far."""
@@ -266,6 +287,16 @@ class _Evaluating(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_evaluate = state.global_step % self.steps == 0 or state.global_step == state.max_steps
+
+
+class _Refreshing(TrainerCallback):  # type: ignore[misc]
+    """Has negatives mined after a step, before its checkpoint is written."""
+
+    def __init__(self, trainer: LensTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.refresh_negatives()
 
 
 def _ignore_sigterm(worker: int) -> None:
