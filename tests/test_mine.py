@@ -51,11 +51,16 @@ def made(folder, seed=0, size=60, questions=12, **options):
     texts = [sentence(rng) for _ in range(size)]
     queries = [sentence(rng, 4) for _ in range(questions)]
     queries[1] = queries[0]  # two names of one query
+    best = {f"q{q}": 5 * q + 1 for q in range(questions) if 5 * q + 1 < size}
+    for q, place in best.items():
+        texts[place] = f"{queries[int(q[1:])]} {rng.choice(WORDS)}"
     for place in range(0, size, 5):
         texts[place] = rng.choice([*queries, texts[place - 1], texts[place - 2].replace(" ", "  ") + " ", " ", ""])
     filled = [place for place, text in enumerate(texts) if text.strip()]
-    qrels = [(f"q{q}", f"d{place}", rng.choice([1, 2])) for q in range(questions)
-             for place in rng.sample(filled, rng.randint(1, 3))]  # fmt: skip
+    qrels = []
+    for q in range(questions):
+        places = {*rng.sample(filled, rng.randint(1, 3)), best.get(f"q{q}", filled[0])}
+        qrels += [(f"q{q}", f"d{place}", rng.choice([1, 2])) for place in sorted(places)]
     qrels += [(f"q{q}", f"d{place}", 0) for q in range(questions) for place in range(3)
               if not any(row[:2] == (f"q{q}", f"d{place}") for row in qrels)]  # fmt: skip
     named = {f"d{place}": text for place, text in enumerate(texts)}
@@ -475,6 +480,7 @@ def test_bad_input_is_named_in_one_line(tmp_path, capsys):
         (["--pairs", str(pairs), "--output", str(pairs), "--overwrite"], "p.jsonl:2: `query`"),
         (["--pairs", str(no_pos), "--corpus", str(tmp_path / "gone"), "--output", out], "n.jsonl:1"),
         ([*folder, "--corpus", str(pairs)], "--corpus goes with --pairs"),
+        (["--beir", str(good), "--output", str(tmp_path / "folder")], "folder is a folder: name a file in it"),
         (["--beir", str(good), "--output", str(good / "m.jsonl")], "lies in the folder --beir that is read"),
         ([*folder, "--retriever", "bm52"], "unknown kind 'bm52'; did you mean bm25? Kinds: bm25, lens, st, sparse"),
         ([*folder, "--retriever", "splade=x"], "unknown kind 'splade'"),

@@ -252,6 +252,8 @@ def check(options: argparse.Namespace) -> Rules:
         choose_faiss(options.search)
     if options.prompt is not None:
         check_texts([options.prompt])
+    if Path(options.output).is_dir():
+        raise IsADirectoryError(f"--output {options.output} is a folder: name a file in it")
     check_output(options.output, options.overwrite)
     for option, folder in (("--beir", options.beir), ("--corpus", options.corpus)):
         if folder and Path(folder).is_dir() and Path(options.output).resolve().is_relative_to(Path(folder).resolve()):
