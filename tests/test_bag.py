@@ -62,6 +62,12 @@ def test_a_bag_by_hand():
     assert not bag(ids[:0], torch.zeros(3, dtype=torch.long), labels, 4).any()
 
 
+def test_a_bag_never_waits_for_the_device():
+    """Tensors of the meta device have no values, so that whoever asks for one is refused."""
+    ids, offsets, labels = (torch.zeros(count, dtype=torch.long, device="meta") for count in (7, 4, 9))
+    assert bag(ids, offsets, labels, 5).shape == (3, 5)
+
+
 def test_inverse_document_frequencies_by_hand():
     tokenizer = encoder_tokenizer()
     texts = ["the fox the fox", "the dog", "the tree", ""]

@@ -98,6 +98,12 @@ def test_no_texts_and_no_clusters(pooling):
             assert torch.equal(gradient, torch.zeros(shape, device=DEVICE))
 
 
+@pytest.mark.parametrize("pooling", ["max", "last"])
+def test_the_second_logarithm(pooling):
+    lengths = [3, 0, 1, 50]
+    compare(case(lengths, 130, 72), cu_seqlens=offsets(lengths), pooling=pooling, activation="log1p_twice")
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pooling", ["max", "sum"])
