@@ -16,6 +16,7 @@ import argparse
 import functools
 import json
 import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,13 +141,16 @@ def one(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, backw
 
 
 def memory(name: str, shape: Shape, options: argparse.Namespace, backward: bool) -> float:
-    """`one` in a process of its own."""
+    """The median of `one` in three processes of their own: what an allocator keeps differs from run to run."""
     arguments = ["--one", name, *map(str, shape), str(int(backward))]
     if options.device == "cuda":
         torch.cuda.empty_cache()  # the child needs the room
     command = [sys.executable, __file__, "--device", options.device, "--dtype", options.dtype, *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.splitlines()[-1])
+    found = []
+    for _ in range(3):
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(float(done.stdout.splitlines()[-1]))
+    return statistics.median(found)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
