@@ -43,6 +43,7 @@ from lens.layout import is_splade
 from lens.program import interruptible
 from lens.search.words import Words
 
+COSTS = ("dimensions", "active_per_query", "active_per_document", "flops", "index_mb")
 BASELINES = ("bm25", "dense", "tfidf")
 FUSED = ("dense", "bm25")
 EXTRAS = ("bm25s", "Stemmer", "ir_measures", "matplotlib")
@@ -99,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
         "--fuse",
         action="store_true",
         help="also sum the scores of each model with those of dense, and with those of dense and BM25",
+    )
+    add(
+        "--against", metavar="NAME", help="system that all others are tested against; unset: the first, with all others"
     )
     add("--output", default="runs/eval", metavar="DIR", help="folder to write")
     add("--overwrite", action="store_true", help="replace the folder of an earlier evaluation")
@@ -158,6 +162,9 @@ def load(args: argparse.Namespace) -> Loaded:
         Words(args.bm25_stopwords, args.bm25_stemmer)
     folders = model_folders(args.model)
     lexical = lexical_folders(args.lexical, {*folders, *BASELINES})
+    names = [*folders, *lexical, *args.baselines]
+    if args.against is not None and args.against not in names:
+        raise ValueError(f"--against {args.against}: no system has that name; there are {', '.join(names)}")
     datasets, notes = read_datasets(args.beir, args.split, args.skip_unknown)
     if args.save_runs:
         for beir in datasets:
@@ -269,17 +276,21 @@ def summary(
         name: {
             **{measure: float(values.mean()) for measure, values in measured.items()},
             "seconds": evaluation.seconds[name],
-            **{key: facts.get(name, {}).get(key) for key in ("dimensions", "active_per_query", "active_per_document")},
+            "search_seconds": evaluation.search_seconds[name],
+            **{key: facts.get(name, {}).get(key) for key in COSTS},
             "parts": fusions.get(name, []),
         }
         for name, measured in evaluation.values.items()
     }
 
 
-def pairs(built: Sequence[System], fusions: dict[str, list[str]]) -> list[tuple[str, str]]:
-    """What is compared: the first system with each other one, and each fusion with its parts."""
-    first, *others = [system.name for system in built]
-    return [(first, other) for other in others] + [(name, part) for name, parts in fusions.items() for part in parts]
+def pairs(built: Sequence[System], fusions: dict[str, list[str]], against: str | None = None) -> list[tuple[str, str]]:
+    """What is compared: the first system with each other one, or each other one with `against`; and each fusion with
+    its parts."""
+    names = [system.name for system in built]
+    first = [(names[0], other) for other in names[1:]]
+    chosen = first if against is None else [(other, against) for other in names if other != against]
+    return chosen + [(name, part) for name, parts in fusions.items() for part in parts]
 
 
 def write_queries(folder: Path, beir: Beir, evaluation: Evaluation, save_runs: bool) -> None:
@@ -335,7 +346,7 @@ def run(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
                 drop_self=args.drop_self,
                 keep_rankings=args.save_runs,
             )
-            comparisons = compare(evaluation.values, pairs(built, fusions), args.resamples, args.seed)
+            comparisons = compare(evaluation.values, pairs(built, fusions, args.against), args.resamples, args.seed)
             results["datasets"][beir.name] = {
                 "queries": len(evaluation.queries),
                 "queries_without_relevant": len(beir.queries) - len(evaluation.queries),

@@ -16,6 +16,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from eval.metrics import MEASURES, per_query
+from eval.pruning import activity, csr_bytes
 from lens.corpus import Beir
 from lens.dense import Dense
 from lens.search.bm25 import BM25
@@ -38,7 +39,9 @@ class System:
 
     `matching`: a score of 0 means nothing in common, and such documents are not retrieved. `bounded`: scores have a
     fixed scale (a cosine) and are fused as they are; others are divided by their maximum over the documents first.
-    `facts` are what the system costs: seconds, dimensions, active_per_query, active_per_document.
+    `facts` are what the system costs: seconds of encoding and indexing, dimensions, active_per_query,
+    active_per_document, flops (multiplications per query and document on average) and index_mb, 2^20 bytes of the
+    documents' vectors or postings as they are held.
     """
 
     name: str
@@ -58,11 +61,13 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Values per query of every system (system -> measure -> (n,)), its seconds, and its rankings where kept."""
+    """Values per query of every system (system -> measure -> (n,)), its seconds, those of them that scoring, ranking
+    and measuring took, and its rankings where kept."""
 
     queries: list[str]
     values: dict[str, dict[str, NDArray[np.float64]]]
     seconds: dict[str, float]
+    search_seconds: dict[str, float]
     rankings: dict[str, list[Ranking]]
 
 
@@ -91,8 +96,15 @@ def vector_system(
         "dimensions": documents.shape[1],
         "active_per_query": active(queries),
         "active_per_document": active(documents),
+        "flops": float(_shares(queries) @ _shares(documents)),
+        "index_mb": (csr_bytes(documents) if sparse.issparse(documents) else documents.nbytes) / 2**20,
     }
     return System(name, score, matching=matching, facts=facts)
+
+
+def _shares(embeddings: NDArray[np.float32] | sparse.csr_array) -> NDArray[np.float64]:
+    """Share of the rows (n, K) in which each dimension is not zero, (K,)."""
+    return activity(embeddings) if sparse.issparse(embeddings) else (embeddings != 0).mean(0)
 
 
 def active(embeddings: NDArray[np.float32] | sparse.csr_array) -> float:
@@ -143,6 +155,8 @@ def bm25_system(name: str, beir: Beir, **options: Any) -> System:
         "dimensions": index.dimensions,
         "active_per_query": float(np.mean([len(set(tokens)) for tokens in index.tokens(queries)])),
         "active_per_document": index.active_per_document,
+        "flops": index.flops(queries),
+        "index_mb": index.held / 2**20,
     }
     return System(name, lambda rows: index.score(queries[rows]), matching=True, bounded=False, facts=facts)
 
@@ -212,7 +226,7 @@ def evaluate(
     block = block or max(1, BLOCK_SCORES // max(1, len(documents)))
     names = [system.name for system in systems] + list(fusions)
     parts: dict[str, list[dict[str, NDArray[np.float64]]]] = {name: [] for name in names}
-    seconds = {system.name: system.facts.get("seconds", 0.0) for system in systems} | dict.fromkeys(fusions, 0.0)
+    seconds = dict.fromkeys(names, 0.0)
     rankings: dict[str, list[Ranking]] = {name: [] for name in names}
 
     def add(name: str, scores: Scores, ids: list[str], matching: bool) -> None:
@@ -245,5 +259,10 @@ def evaluate(
             seconds[name] += time.perf_counter() - start
     for name, members in fusions.items():
         seconds[name] += sum(seconds[member] for member in members)
+    searching = dict(seconds)
+    for system in systems:
+        spent = system.facts.get("seconds", 0.0)
+        for name in (system.name, *(name for name, members in fusions.items() if system.name in members)):
+            seconds[name] += spent
     values = {name: {m: np.concatenate([part[m] for part in parts[name]]) for m in measures} for name in names}
-    return Evaluation(queries, values, seconds, rankings)
+    return Evaluation(queries, values, seconds, searching, rankings)

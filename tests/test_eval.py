@@ -323,3 +323,26 @@ def test_impossible_scores_name_the_system(beir: Beir, scores: Any) -> None:
 def test_missing_extra_names_the_pip_command() -> None:
     with pytest.raises(ImportError, match=r"no_such_module not installed; run: pip install 'lens-embeddings\[eval\]'"):
         require("eval", "json", "no_such_module")
+
+
+def test_costs_by_hand() -> None:
+    queries = np.array([[1, 0, 2], [0, 0, 3]], dtype=np.float32)
+    documents = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 4], [5, 0, 0]], dtype=np.float32)
+    # dimensions 0 and 2: half of the queries times two of four documents, all of the queries times one of four
+    for form in (np.asarray, sparse.csr_array):
+        facts = vector_system("x", form(queries), form(documents)).facts
+        assert facts["flops"] == pytest.approx(0.5 * 0.5 + 1 * 0.25)
+        pairs = [(q * d != 0).sum() for q in queries for d in documents]
+        assert facts["flops"] == pytest.approx(sum(pairs) / 8)
+    assert facts["index_mb"] * 2**20 == 5 * 8 + 5 * 8  # values and columns, offsets
+    assert vector_system("x", queries, documents).facts["index_mb"] * 2**20 == documents.nbytes
+
+
+def test_costs_of_bm25_by_hand() -> None:
+    corpus = {"a": "fox fox dog", "b": "dog", "c": "bird"}
+    beir = Beir("x", corpus, {"1": "fox dog dog", "2": "whale"}, {"1": {"a": 1}, "2": {"b": 1}})
+    facts = bm25_system("bm25", beir).facts
+    assert facts["flops"] == pytest.approx((1 + 2) / 2 / 3)  # postings of fox and of dog, none of whale
+    assert facts["index_mb"] * 2**20 == 4 * 8
+    evaluation = evaluate(beir, [bm25_system("bm25", beir)])
+    assert 0 < evaluation.search_seconds["bm25"] <= evaluation.seconds["bm25"]

@@ -81,6 +81,7 @@ def test_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(tiny["systems"]) == names + fused
     assert (tiny["queries"], tiny["queries_without_relevant"], tiny["documents"]) == (3, 1, 5)
     facts = {"nDCG@10", "RR@10", "R@100", "seconds", "dimensions", "active_per_query", "active_per_document", "parts"}
+    facts |= {"search_seconds", "flops", "index_mb"}
     assert all(set(system) == facts for system in tiny["systems"].values())
     assert tiny["systems"]["mini"]["dimensions"] == 16
     compared = {(row["system"], row["other"]) for row in tiny["comparisons"]}
@@ -111,8 +112,9 @@ def test_baselines_alone_and_repeatable(folder: Path) -> None:
     assert first["comparisons"] == []
     assert run.main([*command, "--overwrite"]) == 0
     second = json.loads((folder / "out" / "results.json").read_text())["datasets"]["tiny"]
-    first["systems"]["bm25"].pop("seconds")
-    second["systems"]["bm25"].pop("seconds")
+    for timed in ("seconds", "search_seconds"):
+        first["systems"]["bm25"].pop(timed)
+        second["systems"]["bm25"].pop(timed)
     assert first == second
 
 
@@ -225,3 +227,12 @@ def test_model_that_gives_nan_is_named(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "error: mini on tiny: expected scores of shape (3, 5), found NaN"
     assert sorted(path.name for path in folder.iterdir()) == ["mini", "tiny"]
+
+
+def test_all_systems_may_be_tested_against_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--beir", "tiny", "--baselines", "bm25", "tfidf", "--output", "out", "--resamples", "100"]
+    assert run.main([*command, "--against", "bm25"]) == 0
+    compared = json.loads((folder / "out" / "results.json").read_text())["datasets"]["tiny"]["comparisons"]
+    assert {(row["system"], row["other"]) for row in compared} == {("tfidf", "bm25")}
+    assert run.main([*command, "--overwrite", "--against", "bm26"]) == 2
+    assert "--against bm26: no system has that name; there are bm25, tfidf" in capsys.readouterr().err

@@ -45,10 +45,23 @@ class BM25:
         self._size = len(documents)
         self.dimensions = len(self._vocabulary)
         self.active_per_document = float(np.mean([len(set(ids)) for ids in tokens.ids]))
+        numbers = [number for ids in tokens.ids for number in set(ids)]
+        counts = np.bincount(numbers, minlength=len(tokens.vocab) + 1)
+        self._documents_with = {token: int(counts[number]) for token, number in tokens.vocab.items()}
 
     def tokens(self, queries: Sequence[str]) -> list[list[str]]:
         """The tokens of each query that occur in some document, repetitions included."""
         return [[token for token in row if token in self._vocabulary] for row in self._words(queries)]
+
+    @property
+    def held(self) -> int:
+        """Bytes of the postings: a float32 weight and a 32-bit document for each token of each document."""
+        return 8 * sum(self._documents_with[token] for token in self._vocabulary)
+
+    def flops(self, queries: Sequence[str]) -> float:
+        """Postings that a query reads on average, for each document of the corpus."""
+        read = [sum(self._documents_with[token] for token in set(row)) for row in self.tokens(queries)]
+        return float(np.mean(read)) / max(self._size, 1)
 
     def score(self, queries: Sequence[str]) -> NDArray[np.float32]:
         """Scores of all documents, (n, N), in any range from 0 up; 0 = no common token."""
