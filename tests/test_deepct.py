@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import SENTENCES, row, write_rows
 from test_eval_program import write_beir
+from tokenizers import Regex, normalizers
 from train_helpers import weights_of
 
 from eval import run as evaluation
@@ -108,13 +109,23 @@ def test_long_texts_lose_no_word_and_windows_do_not_depend_on_the_batch(bert: Pa
         assert [weight for _, weight in weighted] == pytest.approx([weight for _, weight in alone], abs=1e-5)
 
 
+def test_a_word_that_the_tokenizer_drops_has_no_weight(bert: Path) -> None:
+    model = DeepCT.build(bert, "cpu")
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[0-9]"), "")
+    ((window,),) = model.windows(["fox 42 dog 7"])
+    assert [word.lower for word in window.words] == ["fox", "dog"]
+    pieces = model.tokenizer.convert_ids_to_tokens(window.ids)
+    assert [pieces[place][0] for place in window.places] == ["f", "d"]
+
+
 def test_frequencies_by_hand() -> None:
     def word(lower: str, term: str) -> Word:
         return Word(0, 1, lower, term)
 
     weighted = [
-        (word("fox", "fox"), 0.126),  # highest occurrence: 0.312 -> 31
-        (word("fox", "fox"), 0.312),
+        (word("fox", "fox"), -0.2),
+        (word("fox", "fox"), 0.312),  # the highest occurrence: 31
+        (word("fox", "fox"), 0.126),
         (word("foxes", "fox"), 0.2049),  # the same stem: + 20
         (word("dog", "dog"), -0.3),
         (word("hound", "hound"), 0.004),  # 0.4 rounds to 0

@@ -216,6 +216,7 @@ def test_a_killed_run_goes_on_byte_for_byte(
     assert calls == [shard_seed(42, shard) for shard in (0, 1, 2, 2, 3, 4)]
     assert contents(broken) == contents(whole)
     assert not (tmp_path / "broken.shards").exists()
+    assert len({shard_seed(seed, shard) for seed in range(20) for shard in range(50)}) == 1000
     other = tmp_path / "other"
     assert main(command(t5, beir, other, seed=43)) == 0
     assert contents(other)["examples.jsonl"] != contents(whole)["examples.jsonl"]

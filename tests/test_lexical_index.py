@@ -69,6 +69,12 @@ def test_an_index_without_any_term_scores_nothing() -> None:
     assert WeightedBM25([{}, {"a": 0}]).score([["a"], []]).tolist() == [[0, 0], [0, 0]]
 
 
+def test_one_document() -> None:
+    beir = Beir("one", {"d": "a fox"}, {"q": "fox"}, {"q": {"d": 1}})
+    assert evaluate(beir, [tfidf_system("tfidf", beir)]).values["tfidf"]["nDCG@10"].tolist() == [1.0]
+    assert WeightedBM25([{"fox": 3}]).score([["fox"]])[0] == pytest.approx([math.log(1 + 0.5 / 1.5) * 3 / 4.2])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_frequencies_that_are_no_numbers_are_refused(value: float) -> None:
     with pytest.raises(ValueError, match="NaN or infinite"):

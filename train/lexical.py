@@ -189,6 +189,8 @@ def train(
     for file in staged.rglob("*.safetensors"):
         file.chmod(mode)  # safetensors' own is for the owner alone
     for file in sorted(staged.iterdir(), key=lambda file: file.name == marker):
+        if (output / file.name).is_dir():  # of a run that was killed between two of these
+            shutil.rmtree(output / file.name)
         file.replace(output / file.name)
     staged.rmdir()
     return True
