@@ -451,6 +451,8 @@ BAD_OPTIONS = [
     ("--model llm=mistral --prompt @gone.txt", "gone.txt"),
     ("--model llm=mistral --yes xylophone", "the answer 'xylophone' is"),
     ("--model llm=mistral --yes y --max-length 8", "the prompt alone takes"),
+    ("--model bert --yes y", "teachers that take --prompt, --yes and --no are llm=PATH"),
+    ("--model bert --activation model", "teachers that take --activation are cross=PATH"),
     ("--model cut", "teacher bi=cut cannot be used"),
     ("--model bert --model bi=bert", "names the same teacher twice"),
     ("--model bert --weights 1 2", "--weights must be 1 numbers above 0"),

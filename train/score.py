@@ -64,7 +64,6 @@ def parser() -> argparse.ArgumentParser:
     add("--activation", choices=("none", "model"), default="none", help="cross: the bare logit, or as predict gives it")
     add(
         "--prompt",
-        default="bge",
         help=f"llm: {', '.join(PROMPTS)}, @FILE, or a text with {{query}}, {{passage}} and perhaps {{instruction}}, "
         "which is the example's own (bge)",
     )
@@ -103,10 +102,17 @@ def check(options: argparse.Namespace) -> list[Teacher]:
         if not options.embeddings.endswith(".safetensors"):
             raise ValueError(f"--embeddings must end in .safetensors, found {options.embeddings}")
         check_output(options.embeddings, options.overwrite)
-    prompt = parse_prompt(options.prompt, options.yes, options.no)
+    prompt = parse_prompt(options.prompt or "bge", options.yes, options.no)
     how = Options(options.max_length, options.dtype, options.batch_tokens, options.activation == "model", prompt)
     teachers = [parse_teacher(argument, how) for argument in options.model]
     names = [teacher.name for teacher in teachers]
+    kinds = {teacher.kind for teacher in teachers}
+    for option, kind, given in (
+        ("--prompt, --yes and --no", "llm", (options.prompt, options.yes, options.no) != (None, None, None)),
+        ("--activation", "cross", options.activation == "model"),
+    ):
+        if given and kind not in kinds:
+            raise ValueError(f"teachers that take {option} are {kind}=PATH; found {', '.join(names)}")
     if len(set(names)) != len(names):
         raise ValueError(f"--model names the same teacher twice: {', '.join(names)}")
     weights = options.weights or [1.0] * len(teachers)
