@@ -22,7 +22,7 @@ def above_zero(text: str) -> float:
     """A number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, found {text}")
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, found {text}")
     return value
 
 

@@ -52,7 +52,11 @@ def parser() -> argparse.ArgumentParser:
     add("--tensor", metavar="NAME", help="tensor to cluster (default: the output head, else the word embeddings)")
     add("--k", type=int, help="clusters, 2 to the number of vocabulary rows (the paper uses 4000 and 8000)")
     add("--every-token", action="store_true", help="no clusters: each row stays a dimension of its own")
-    add("--output", metavar="DIR", help="folder to write: clusters.safetensors, clusters.json, clusters.html")
+    add(
+        "--output",
+        metavar="DIR",
+        help="folder to write: clusters.safetensors, clusters.json and, of clusters, clusters.html",
+    )
     add("--overwrite", action="store_true", help="replace what is at --output or --export-npy, once the new is whole")
     add("--seed", type=int, default=0, help="seed of the start (default: %(default)s)")
     add(
@@ -201,7 +205,7 @@ def write(
         "init": options.init if made else None,
         "iterations": result.iterations,
         "converged": result.converged,
-        "spherical": options.spherical,
+        "spherical": options.spherical and made,
         "inertia": result.inertia,
         "seconds": round(result.seconds, 3),
         "excluded": int((labels < 0).sum()),

@@ -355,6 +355,8 @@ def load(
         )
     read = None if quantization == "int8" else quantization
     folder = fetch(path_or_id, revision)
+    if pooling is not None and not is_splade(folder):
+        raise ValueError(f"pooling={pooling!r} is for SPLADE checkpoints that do not say theirs; {folder} is none")
     if is_released(folder):
         official = compat == "official"
         model, tokenizer = load_released(folder, kind, base, attn_implementation, official, where, read)
@@ -362,8 +364,6 @@ def load(
         raise ValueError(f"compat={compat!r} is for checkpoints of the released LENS code, and {folder} is none")
     elif is_splade(folder):
         model, tokenizer = load_splade(path_or_id, revision, kind, base, attn_implementation, where, read, pooling)
-    elif pooling is not None:
-        raise ValueError(f"pooling={pooling!r} is for SPLADE checkpoints that do not say theirs; {folder} is none")
     else:
         model, tokenizer = load_model(folder, kind, base, None, attn_implementation, where, read)
     if quantization == "int8":

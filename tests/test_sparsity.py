@@ -14,6 +14,7 @@ import torch
 from train_helpers import FULL, deepspeed, log_of, settings
 
 import lens
+from lens.vectors import prune
 from train.config import Recipe
 from train.loss import contrastive_loss
 from train.run import main as train
@@ -62,11 +63,13 @@ def test_the_weight_rises_with_the_square_of_the_step():
 
 
 def test_the_largest_values_stay_and_alone_get_gradients():
-    embeddings = torch.tensor([[1.0, 3.0, 2.0, 0.0], [5.0, 5.0, 5.0, 0.0]]).requires_grad_()
+    embeddings = torch.tensor([[1.0, 3.0, 2.0, 0.0], [5.0, 4.0, 6.0, 0.0]]).requires_grad_()
     kept = keep_top(embeddings, 2)
-    assert kept.tolist() == [[0.0, 3.0, 2.0, 0.0], [5.0, 5.0, 0.0, 0.0]]
+    assert kept.tolist() == [[0.0, 3.0, 2.0, 0.0], [5.0, 0.0, 6.0, 0.0]]
     kept.sum().backward()
-    assert embeddings.grad.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
+    assert embeddings.grad.tolist() == [[0, 1, 1, 0], [1, 0, 1, 0]]
+    served = prune(embeddings.detach(), None, 2, normalize=True)
+    torch.testing.assert_close(keep_top(embeddings, 2, normalize=True).detach(), served)
     assert keep_top(embeddings, None) is embeddings
     assert keep_top(embeddings, 4) is embeddings
 
@@ -95,7 +98,7 @@ def test_a_run_logs_the_weighted_regulariser_and_ends_sparser(budget, empty, ber
     assert "sparsity" not in plain[0]
     for row in sparse:
         assert row["loss"] == pytest.approx(row["contrastive"] + row["kd"] + row["sparsity"], rel=1e-3)
-    # the same batch and weights at the first step: 3 / 16 of the whole regulariser
+    # the same batch and weights at the first step
     assert sparse[0]["contrastive"] == pytest.approx(plain[0]["contrastive"], rel=1e-4)
     assert sparse[-1]["active_per_passage"] < plain[-1]["active_per_passage"] - 1
 
@@ -132,6 +135,10 @@ def test_two_ranks_give_the_regularisers_of_one(empty, steady, pairs, tmp_path):
         ({"passage_top_k": 0}, "passage_top_k must be at least 1, found 0"),
         ({"passage_sparsity": -0.1}, "passage_sparsity must be at least 0"),
         ({"distillation": "mse"}, "distillation must be one of kl, margin_mse"),
+        ({"sparsity_warmup_steps": 5}, "sparsity_warmup_steps needs a regulariser"),
+        ({"distillation": "margin_mse", "kd_weight": 0.0}, "distillation=margin_mse contradicts kd_weight=0"),
+        ({"contrastive_weight": 0.0, "group_size": 1}, "contrastive_weight=0 contradicts group_size=1"),
+        ({"query_encoder": "bag", "head": "dense", "pooling": "last"}, "query_encoder=bag contradicts head=dense"),
         ({"query_idf": True}, "query_idf=true contradicts query_encoder=model"),
         ({"query_idf": True, "query_encoder": "bag", "streaming": True}, "query_idf=true contradicts streaming=true"),
         ({"query_encoder": "bag", "query_top_k": 3}, "contradict query_encoder=bag: nothing of queries is learnt"),
@@ -141,6 +148,39 @@ def test_two_ranks_give_the_regularisers_of_one(empty, steady, pairs, tmp_path):
 def test_contradictions_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         Recipe(base="b", data=("d",), output="o", **changes)
+
+
+def test_each_option_reaches_the_loss(empty, steady, pairs, tmp_path, monkeypatch):
+    seen = []
+    inner = contrastive_loss
+
+    def loss(queries, passages, *arguments):
+        seen.append((queries, passages, arguments))
+        return inner(queries, passages, *arguments)
+
+    monkeypatch.setattr("train.trainer.contrastive_loss", loss)
+    monkeypatch.setattr(  # 8 queries and 24 passages in a batch
+        "train.trainer.regulariser", lambda kind, rows: torch.tensor({8: 1.0, 24: 100.0}[len(rows)]) + len(kind)
+    )
+    weights = {"sparsity": "l1", "query_sparsity": 0.5, "passage_sparsity": 0.25, "sparsity_warmup_steps": 3}
+    options = {"passage_top_k": 7, "query_top_k": 5, "distillation": "margin_mse", "contrastive_weight": 0.125}
+    arguments = {**SPLADE, **weights, **options, "max_steps": 4, "gradient_accumulation": 2}
+    assert train([empty, *settings(steady, "null", pairs, tmp_path / "run", **arguments)]) == 0
+    for queries, passages, given in seen:
+        assert (int((queries > 0).sum(1).max()), int((passages > 0).sum(1).max())) == (5, 7)
+        assert given[-2:] == (0.125, "margin_mse")
+    assert len(seen) == 8
+    for step, row in enumerate(log_of(tmp_path / "run"), 1):
+        assert row["sparsity"] == pytest.approx((0.5 * 3 + 0.25 * 102) * min(step / 3, 1) ** 2, rel=1e-5)
+
+
+def test_distilling_alone_needs_teacher_scores(empty, steady, pairs, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    data = tmp_path / "unscored.jsonl"
+    data.write_text("".join(json.dumps({**row, "pos_scores": None, "neg_scores": None}) + "\n" for row in rows))
+    arguments = {**SPLADE, "distillation": "margin_mse", "contrastive_weight": 0.0}
+    assert train([empty, *settings(steady, "null", data, tmp_path / "run", **arguments)]) == 2
+    assert "leaves a batch without teacher scores nothing to learn: score the data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{}, {"mini_batch_tokens": 64}, {"query_idf": "true"}])
@@ -166,7 +206,6 @@ def test_queries_as_bags_are_learnt_against(changes, empty, steady, pairs, tmp_p
         assert set(row.nonzero()[0]) == bag
         assert all(row[token] == pytest.approx(worth[token], rel=1e-5) for token in bag)
     log = log_of(output)
-    assert log[0]["active_per_query"] == pytest.approx(sum(map(len, bags)) / len(bags), rel=0.5)
     assert log[-1]["contrastive"] != log[0]["contrastive"]
 
 

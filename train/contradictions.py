@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,14 @@ def check_loss(recipe: Recipe) -> None:
         raise ValueError("query_sparsity and passage_sparsity need a regulariser: set sparsity to flops or l1")
     if recipe.sparsity != "none" and weights == 0:
         raise ValueError(f"sparsity={recipe.sparsity} has no weight: set query_sparsity and passage_sparsity above 0")
+    if recipe.sparsity_warmup_steps and recipe.sparsity == "none":
+        raise ValueError("sparsity_warmup_steps needs a regulariser: set sparsity to flops or l1")
+    if recipe.distillation != "kl" and recipe.kd_weight == 0:
+        raise ValueError(f"distillation={recipe.distillation} contradicts kd_weight=0, which switches it off")
+    if recipe.contrastive_weight == 0 and recipe.teacher_embeddings is None and recipe.group_size == 1:
+        raise ValueError("contrastive_weight=0 contradicts group_size=1: there is no other passage to distil from")
+    if bag and recipe.head == "dense":
+        raise ValueError("query_encoder=bag contradicts head=dense, whose dimensions are no tokens")
     if recipe.head == "dense":
         for name, unset in {"sparsity": "none", "query_top_k": None, "passage_top_k": None}.items():
             if getattr(recipe, name) != unset:
@@ -32,8 +41,9 @@ def check_loss(recipe: Recipe) -> None:
 def check_refresh(recipe: Recipe) -> None:
     """Of mining while training."""
     if recipe.refresh_steps is None:
-        if recipe.refresh_corpus is not None:
-            raise ValueError("refresh_corpus needs refresh_steps")
+        for field in dataclasses.fields(recipe):
+            if field.name.startswith("refresh_") and getattr(recipe, field.name) != field.default:
+                raise ValueError(f"{field.name} needs refresh_steps")
         return
     if recipe.refresh_skip >= recipe.refresh_depth:
         raise ValueError(

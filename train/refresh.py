@@ -13,8 +13,9 @@ Legend: Q queries, k passages kept, W ranks.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import os
+import multiprocessing
 import re
 import shutil
 import time
@@ -35,10 +36,13 @@ from train.data import Batches, Example
 from train.negatives import Rules, choose
 from train.passages import BLANK, Corpus, Texts, key_of
 from train.ranking import Best
-from train.retrievers import EmbeddingRetriever, LensEncoder
+from train.retrievers import EmbeddingRetriever, LensEncoder, Query, Shards
 from train.sources import distinct_passages
 
 FOLDER = "negatives"
+CORPUS_FILE = "corpus.jsonl"
+BLOCK = 4096
+"""Examples whose positives are embedded together."""
 SHARD = 10_000
 """Passages that are embedded and searched at a time."""
 REFRESHED = ("retrieval", "only_1neg")
@@ -52,7 +56,6 @@ class Refreshed:
     def __init__(self, folder: Path, steps: int, accumulation: int) -> None:
         self.folder, self.steps, self.accumulation = folder, steps, accumulation
         self._read: tuple[int, dict[tuple[int, int], list[int]], Texts] | None = None
-        self._trainer = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_read": None}
@@ -81,9 +84,10 @@ class Refreshed:
             path = self.folder / f"step-{step}.npz"
             self._await(path)
             with np.load(path, allow_pickle=False) as file:
-                parts = np.split(file["chosen"], file["starts"][1:-1])
+                chosen = file["chosen"].tolist()
+                parts = [chosen[first:last] for first, last in itertools.pairwise(file["starts"].tolist())]
                 owners = zip(file["sources"].tolist(), file["indices"].tolist(), strict=True)
-                rows = {owner: part.tolist() for owner, part in zip(owners, parts, strict=True)}
+                rows = dict(zip(owners, parts, strict=True))
                 self._read = step, rows, Texts(path.with_suffix(".bin"), file["positions"], file["ends"])
         return self._read[1], self._read[2]
 
@@ -91,23 +95,34 @@ class Refreshed:
         """A worker that runs ahead of training waits until the file is there."""
         while not path.is_file():
             if get_worker_info() is None:
-                raise FileNotFoundError(f"{path} is missing, from which this run goes on: start it anew")
-            if os.getppid() != self._trainer:
+                raise FileNotFoundError(f"{path} is missing, which was mined for this step")
+            parent = multiprocessing.parent_process()
+            if parent is not None and not parent.is_alive():
                 raise RuntimeError("the training process is gone")
             time.sleep(_WAIT)
+
+
+def open_corpus(recipe: Recipe, sources: Sequence[Sequence[Example]]) -> Corpus | None:
+    """The corpus of `refresh_corpus`, None where the training data's passages are mined, or nothing is.
+
+    Raises what Corpus raises, and ValueError where no data is of a type that is mined.
+    """
+    if recipe.refresh_steps is not None and not _mined(sources):
+        raise ValueError(f"refresh_steps mines for data of type {' and '.join(REFRESHED)}, and there is none")
+    return Corpus(Path(recipe.refresh_corpus)) if recipe.refresh_corpus else None
+
+
+def _mined(sources: Sequence[Sequence[Example]]) -> list[Sequence[Example]]:
+    return [source for source in sources if source[0].type in REFRESHED]
 
 
 class Refresh:
     """Mines for a run; every rank holds one and all call it together."""
 
-    def __init__(self, recipe: Recipe, batches: Batches, output: Path) -> None:
-        """Lays the corpus out on rank 0; raises what Corpus raises for `refresh_corpus`, and ValueError where no data
-        is of a type that is mined."""
+    def __init__(self, recipe: Recipe, batches: Batches, output: Path, corpus: Corpus | None = None) -> None:
+        """`corpus` is that of `open_corpus`; without one, rank 0 lays out the passages of the data."""
         assert recipe.refresh_steps is not None
         self.recipe, self.batches = recipe, batches
-        own = [source for source in batches.sources if source[0].type in REFRESHED]
-        if not own:
-            raise ValueError(f"refresh_steps mines for data of type {' and '.join(REFRESHED)}, and there is none")
         self.folder = output / FOLDER
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -119,23 +134,38 @@ class Refresh:
             seed=recipe.seed,
         )
         self.refreshed = batches.refreshed = Refreshed(self.folder, recipe.refresh_steps, recipe.gradient_accumulation)
-        place = Path(recipe.refresh_corpus) if recipe.refresh_corpus else self.folder / "corpus.jsonl"
-        if recipe.refresh_corpus is None and self.rank == 0:
+        if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_file(place, overwrite=True) as temporary, temporary.open("w", encoding="utf-8") as file:
-                for number, text in enumerate(distinct_passages(own)):
-                    file.write(json.dumps({"_id": str(number), "text": text}, ensure_ascii=False) + "\n")
+            for path in self.folder.glob(".*"):  # unfinished files of a run that was killed
+                path.unlink()
+            if corpus is None:
+                with (
+                    atomic_file(self.folder / CORPUS_FILE, overwrite=True) as temporary,
+                    temporary.open("w", encoding="utf-8") as file,
+                ):
+                    for number, text in enumerate(distinct_passages(_mined(batches.sources))):
+                        file.write(json.dumps({"_id": str(number), "text": text}, ensure_ascii=False) + "\n")
         self._meet()
-        self.corpus = Corpus(place)
+        self.corpus = Corpus(self.folder / CORPUS_FILE) if corpus is None else corpus
 
-    def forget(self, step: int) -> None:
-        """Removes what was mined after a later step than the one that a run goes on from."""
+    def go_on(self, step: int) -> None:
+        """Prepares a run that goes on after `step` steps: removes what was mined later. Raises FileNotFoundError, on
+        every rank, where what serves the next step is missing."""
         if self.rank == 0:
             for path in self.folder.glob("step-*"):
                 later = re.match(r"step-(\d+)", path.name)
                 if later and int(later[1]) > step:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._meet()
+        served = self.refreshed.mined_at(step)
+        if served is not None and not self._file(served).is_file():
+            raise FileNotFoundError(
+                f"{self._file(served)}, which checkpoint {step} goes on with, is missing: bring the folder back, or "
+                "begin anew in another output"
+            )
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step}.npz"
 
     def _tidy(self, step: int) -> None:
         """Removes what neither the batches under way nor a checkpoint needs any more."""
@@ -146,43 +176,49 @@ class Refresh:
                 path.unlink()
 
     def due(self, step: int) -> bool:
-        """Whether to mine after this many steps."""
+        """Whether to mine after this many steps; not what is there already."""
         batches = self.batches.schedule.steps
-        return step % self.refreshed.steps == 0 and (step + 1) * self.refreshed.accumulation < batches
+        wanted = step > 0 and step % self.refreshed.steps == 0
+        return wanted and (step + 1) * self.refreshed.accumulation < batches and not self._file(step).is_file()
 
     def __call__(self, model: Any, step: int) -> dict[str, float]:
-        """Mines with a LENS model after `step` steps; the seconds and the mean number of negatives, for the log."""
+        """Mines with a LENS model after `step` steps; for the log the seconds, the mean number of negatives, and the
+        share of them that are random passages, for lack of others."""
         begun = time.monotonic()
         work = self.folder / f"step-{step}.work"
         if self.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
         self._meet()
-        owners = list(self._coming(step))
-        examples = [self.batches.sources[source][index] for source, index in owners]
-        queries = list(dict.fromkeys((example.query, example.prompt) for example in examples))
-        places = {query: number for number, query in enumerate(queries)}
-        retriever = EmbeddingRetriever("the model that is trained", LensEncoder(model), queries)
-        best = Best(len(queries), self.rules.depth)
-        for _ in retriever.search(_Share(self.corpus, self.rank, self.world), SHARD, 0, best):  # type: ignore[arg-type]
-            pass
-        best.save(work / f"best-{self.rank}.npz", 0)
+        owners: list[tuple[int, int]] = []
+        numbers: list[int] = []  # of each owner's query
+        places: dict[Query, int] = {}
+        for source, index in self._coming(step):
+            example = self.batches.sources[source][index]
+            owners.append((source, index))
+            numbers.append(places.setdefault((example.query, example.prompt), len(places)))
+        retriever = None
+        if places:
+            retriever = EmbeddingRetriever("the model that is trained", LensEncoder(model), list(places))
+            best = Best(len(places), self.rules.depth)
+            for _ in retriever.search(Share(self.corpus, self.rank, self.world), SHARD, 0, best):
+                pass
+            best.save(work / f"best-{self.rank}.npz", 0)
         self._meet()
-        counted = 0
+        counts = torch.zeros(2)
         if self.rank == 0:
-            lists = merged([work / f"best-{rank}.npz" for rank in range(self.world)], self.rules.depth)
-            numbers = [places[example.query, example.prompt] for example in examples]
-            counted = self._write(step, owners, examples, numbers, lists, retriever)
+            counts += torch.tensor(self._write(step, owners, numbers, work, retriever))
             shutil.rmtree(work)
             self._tidy(step)
         self._meet()
-        mean = torch.tensor(float(counted))
         if dist.is_initialized():
-            mean = mean.to(model.device)
-            dist.broadcast(mean, 0)
+            counts = counts.to(model.device)
+            dist.broadcast(counts, 0)
+        total, drawn = counts.tolist()
         return {
             "refresh_seconds": round(time.monotonic() - begun, 3),
-            "refresh_negatives": float(mean) / max(len(owners), 1),
+            "refresh_negatives": total / max(len(owners), 1),
+            "refresh_random": drawn / max(total, 1),
         }
 
     def _coming(self, step: int) -> Iterator[tuple[int, int]]:
@@ -201,35 +237,25 @@ class Refresh:
         self,
         step: int,
         owners: Sequence[tuple[int, int]],
-        examples: Sequence[Example],
         numbers: Sequence[int],
-        lists: Best,
-        retriever: EmbeddingRetriever,
-    ) -> int:
-        """Chooses and writes the negatives; returns how many there are."""
+        work: Path,
+        retriever: EmbeddingRetriever | None,
+    ) -> tuple[int, int]:
+        """Chooses and writes the negatives; returns how many there are, and how many of them are random."""
         chosen: list[list[int]] = []
         banned: dict[int, set[int]] = {}
+        examples = (self.batches.sources[source][index] for source, index in owners)
         for example in examples:  # all positives of equal queries, over the examples at hand
             known = banned.setdefault(key_of(example.query), {key_of(example.query), BLANK})
             known.update(map(key_of, example.pos))
-        ends = np.cumsum([0, *(len(example.pos) for example in examples)])
-        own = np.zeros(ends[-1])
-        if self.rules.filters:
-            asked = np.repeat(numbers, [len(example.pos) for example in examples])
-            own = retriever.pairs(asked, [text for example in examples for text in example.pos]).astype(np.float64)
-        for place, ((source, index), example, number) in enumerate(zip(owners, examples, numbers, strict=True)):
-            found = choose(
-                self.rules,
-                int.from_bytes(f"{step} {source} {index}".encode(), "big"),
-                *lists.of(number),
-                own[ends[place] : ends[place + 1]],
-                self.corpus.keys,
-                banned[key_of(example.query)],
-                Counter(),
-            )
-            chosen.append([position for position, _ in found])
+        counts = Counter[str]()
+        if retriever is not None:
+            lists = merged([work / f"best-{rank}.npz" for rank in range(self.world)], self.rules.depth)
+            for first in range(0, len(owners), BLOCK):
+                part = slice(first, first + BLOCK)
+                chosen += self._choose(step, owners[part], numbers[part], lists, retriever, banned, counts)
         positions = np.unique([position for found in chosen for position in found]).astype(np.int64)
-        path = self.folder / f"step-{step}.npz"
+        path = self._file(step)
         texts = self.corpus.fetch(positions, path.with_suffix(".bin"))
         with atomic_file(path, overwrite=True) as temporary:
             np.savez(
@@ -241,17 +267,49 @@ class Refresh:
                 positions=positions,
                 ends=texts.ends,
             )
-        return sum(map(len, chosen))
+        return sum(map(len, chosen)), counts["random"]
+
+    def _choose(
+        self,
+        step: int,
+        owners: Sequence[tuple[int, int]],
+        numbers: Sequence[int],
+        lists: Best,
+        retriever: EmbeddingRetriever,
+        banned: dict[int, set[int]],
+        counts: Counter[str],
+    ) -> list[list[int]]:
+        """The positions of some owners' negatives."""
+        examples = [self.batches.sources[source][index] for source, index in owners]
+        sizes = [len(example.pos) for example in examples]
+        ends = np.cumsum([0, *sizes])
+        own = np.zeros(ends[-1])
+        if self.rules.filters:
+            texts = [text for example in examples for text in example.pos]
+            own = retriever.pairs(np.repeat(numbers, sizes), texts).astype(np.float64)
+        chosen = []
+        for place, ((source, index), example, number) in enumerate(zip(owners, examples, numbers, strict=True)):
+            found = choose(
+                self.rules,
+                int.from_bytes(f"{step} {source} {index}".encode(), "big"),
+                *lists.of(number),
+                own[ends[place] : ends[place + 1]],
+                self.corpus.keys,
+                banned[key_of(example.query)],
+                counts,
+            )
+            chosen.append([position for position, _ in found])
+        return chosen
 
     def _meet(self) -> None:
         if dist.is_initialized():
             dist.barrier()
 
 
-class _Share:
+class Share:
     """Every W-th shard of a corpus, for one rank."""
 
-    def __init__(self, corpus: Corpus, rank: int, world: int) -> None:
+    def __init__(self, corpus: Shards, rank: int, world: int) -> None:
         self.corpus, self.rank, self.world = corpus, rank, world
 
     def shards(self, size: int, first: int = 0) -> Iterator[tuple[int, list[str]]]:

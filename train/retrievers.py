@@ -88,6 +88,13 @@ def identity(spec: Spec) -> dict[str, str]:
     return facts
 
 
+class Shards(Protocol):
+    """What is searched."""
+
+    def shards(self, size: int, first: int = 0) -> Iterator[tuple[int, list[str]]]:
+        """As Corpus.shards."""
+
+
 class Retriever(Protocol):
     """Searches a corpus for all queries at once; a query is a text and its instruction."""
 
@@ -173,7 +180,7 @@ class EmbeddingRetriever:
         self.queries = self._embed(encoder.queries, queries)
         self.lexical = scipy.sparse.issparse(self.queries)
 
-    def search(self, corpus: Corpus, shard: int, first: int, best: Best) -> Iterator[None]:
+    def search(self, corpus: Shards, shard: int, first: int, best: Best) -> Iterator[None]:
         for start, texts in corpus.shards(shard, first):
             vectors = self._embed(self.encoder.passages, texts)
             if self.lexical:

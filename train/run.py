@@ -47,7 +47,7 @@ from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
 from train.overrides import load_recipe, parse_overrides
 from train.parallel import check_stage, collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping, ending_workers
-from train.refresh import Refresh
+from train.refresh import CORPUS_FILE, FOLDER, Refresh, open_corpus
 from train.sampler import Schedule
 from train.sources import DataSet, distinct_passages, local_files, make_schedule, read_sources
 from train.states import compute_states, keys_of
@@ -132,6 +132,7 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
     at_hand = [source for source in sources if not source.streaming]
     teacher = TeacherEmbeddings(recipe.teacher_embeddings, at_hand) if recipe.teacher_embeddings else None
     evaluation = read_evaluation(recipe.eval_data)
+    corpus = open_corpus(recipe, sources)
     arguments = training_arguments(recipe, world_size)
     schedule = make_schedule(recipe, sources)
     set_seed(recipe.seed)
@@ -170,11 +171,11 @@ def _train(recipe: Recipe, output: Path, stopping: Stopping) -> None:
         recipe.mini_batch_tokens,
         packed,
     )
-    refresh = None if recipe.refresh_steps is None else Refresh(recipe, batches, output)
+    refresh = None if recipe.refresh_steps is None else Refresh(recipe, batches, output, corpus)
     trainer = LensTrainer(model, tokenizer, batches, recipe, arguments, top, evaluation, stopping, refresh)
     checkpoint = next(reversed(whole_checkpoints(output)), None)
     if refresh is not None:
-        refresh.forget(0 if checkpoint is None else int(checkpoint.name.partition("-")[2]))
+        refresh.go_on(0 if checkpoint is None else int(checkpoint.name.partition("-")[2]))
     for marker in sorted(output.glob(f"checkpoint-*/{COMPLETE_FILE}")):
         if lost := damage(marker.parent):
             _say(rank, f"{marker.parent} is damaged ({', '.join(lost[:3])}) and left out")
@@ -341,9 +342,9 @@ def finish(model: LensModel, tokenizer: Any, recipe: Recipe, output: Path) -> No
 
 
 def drop_states(output: Path, rank: int = 0) -> None:
-    """Removes the file of hidden states, which only an unfinished run needs."""
+    """Removes hidden states and the copy of the passages, which only an unfinished run needs."""
     if rank == 0:
-        for name in (STATES_FILE, "hidden.json"):
+        for name in (STATES_FILE, "hidden.json", f"{FOLDER}/{CORPUS_FILE}"):
             (output / name).unlink(missing_ok=True)
 
 

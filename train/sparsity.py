@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 # Legend: N texts of this rank, W ranks, K clusters.
 
@@ -61,10 +62,11 @@ def warmed_up(weight: float, step: int, steps: int) -> float:
     return weight * min(step / steps, 1.0) ** 2 if steps else weight
 
 
-def keep_top(embeddings: Tensor, count: int | None) -> Tensor:
-    """Embeddings (N, K) with all but the `count` largest values of each row set to 0, without gradient; None: as they
-    are. Of equal values those of the lower dimensions stay."""
+def keep_top(embeddings: Tensor, count: int | None, normalize: bool = False) -> Tensor:
+    """Embeddings (N, K) with all but the `count` largest values of each row set to 0, which then get no gradient, and
+    of unit length where `normalize` says so, as `encode(top_k=...)` gives them; None: as they are."""
     if count is None or count >= embeddings.shape[1]:
         return embeddings
-    kept = embeddings.detach().sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return embeddings * torch.zeros_like(embeddings).scatter_(1, kept, 1.0)
+    kept = embeddings.detach().topk(count, dim=1).indices
+    masked = embeddings * torch.zeros_like(embeddings).scatter_(1, kept, 1.0)
+    return F.normalize(masked, dim=1) if normalize else masked

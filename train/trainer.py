@@ -68,12 +68,12 @@ class LensTrainer(Trainer):
         self.add_callback(SharedMemory())
         self.refresh = refresh
         self.mined: dict[str, float] = {}  # of the mining since the last line of the log
-        if refresh is not None:
-            self.add_callback(_Refreshing(self))
         if evaluation:
             self.add_callback(_Evaluating(recipe.eval_steps))
         if stopping is not None:
             self.add_callback(stopping)
+        if refresh is not None:
+            self.add_callback(_Refreshing(self))
         self.watch = Watch(wrapped)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -124,7 +124,13 @@ class LensTrainer(Trainer):
 
     def _loss(self, inputs: dict[str, Any], queries: Tensor, passages: Tensor) -> Tensor:
         recipe = self.recipe
-        queries, passages = keep_top(queries, recipe.query_top_k), keep_top(passages, recipe.passage_top_k)
+        if recipe.contrastive_weight == 0 and inputs["teacher"] is None and inputs["teacher_vectors"] is None:
+            raise ValueError(
+                "contrastive_weight=0 leaves a batch without teacher scores nothing to learn: score the data with "
+                "train/score.py"
+            )
+        queries = keep_top(queries, recipe.query_top_k, recipe.normalize)
+        passages = keep_top(passages, recipe.passage_top_k, recipe.normalize)
         loss = contrastive_loss(
             queries,
             passages,
@@ -290,13 +296,18 @@ class _Evaluating(TrainerCallback):  # type: ignore[misc]
 
 
 class _Refreshing(TrainerCallback):  # type: ignore[misc]
-    """Has negatives mined after a step, before its checkpoint is written."""
+    """Has negatives mined after a step, before its checkpoint is written; of a run that was asked to stop, when it
+    goes on."""
 
     def __init__(self, trainer: LensTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.refresh_negatives()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not control.should_training_stop:
+            self.trainer.refresh_negatives()
 
 
 def _ignore_sigterm(worker: int) -> None:
