@@ -220,6 +220,15 @@ def test_the_same_file_for_any_shard(model, tmp_path):
     assert (tmp_path / "other.jsonl").read_bytes() != first
 
 
+def test_faiss_and_numpy_give_the_same_file(model, tmp_path):
+    pytest.importorskip("faiss")
+    beir = made(tmp_path / "beir", seed=6)
+    for search in ("faiss", "numpy"):
+        run("--beir", beir, "--retriever", f"st={model}", "--output", tmp_path / f"{search}.jsonl", "--depth", 8,
+            "--shard", 25, "--scores", "--search", search)  # fmt: skip
+    assert (tmp_path / "faiss.jsonl").read_bytes() == (tmp_path / "numpy.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_never_a_positive_the_query_or_a_copy_and_as_many_as_there_are(seed, model, tmp_path):
     beir = made(tmp_path / "beir", seed=seed, size=25, questions=8, packed=bool(seed % 2))
@@ -584,7 +593,8 @@ def test_the_benchmark_at_toy_size(tmp_path):
     mining.main(["--passages", "300", "--queries", "5", *places])
     (found,) = json.loads((tmp_path / "mining.json").read_text())["runs"]
     assert (found["passages"], found["queries"], found["negatives_per_query"]) == (300, 5, 15.0)
-    assert found["peak_rss_mb"] > 50
+    libraries = json.loads((tmp_path / "mining.json").read_text())["libraries_mb"]
+    assert 20 < libraries < found["peak_rss_mb"] < libraries + 500
     before = (tmp_path / "page.md").read_text()
     assert f"| 300 | {found['corpus_mb']:,} | 5 | {found['seconds']:,} |" in before
     mining.main(["--page", *places])

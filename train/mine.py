@@ -73,7 +73,7 @@ class Search:
         done = best.load(state) if state.is_file() else 0
         if done < shards or (self.scored and not scores.is_file()):
             bm25 = {"stopwords": options.bm25_stopwords, "stemmer": options.bm25_stemmer}
-            faiss = choose_faiss(options.search)
+            faiss = None if spec.kind == "bm25" else choose_faiss(options.search)
             retriever = load(spec, self.queries, work, faiss, options.device, **bm25)
             best.lexical = retriever.lexical
             if done:

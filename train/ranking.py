@@ -10,6 +10,7 @@ Legend: Q queries, n passages of a shard, D dimensions, k passages kept, R retri
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,14 @@ def by_numpy(queries: Floats, passages: Floats, k: int, slack: Floats) -> Iterat
         yield places, row[places]
 
 
+@functools.cache
+def _gpu_memory() -> Any:
+    """What faiss keeps on the GPU between shards."""
+    import faiss
+
+    return faiss.StandardGpuResources()
+
+
 class Faiss:
     """Proposals by a flat index of faiss over the vectors (n, D) of one shard, on the GPU where `gpu` says so."""
 
@@ -135,7 +144,7 @@ class Faiss:
         self.index = faiss.IndexFlatIP(passages.shape[1])
         self.limit = len(passages)
         if gpu:
-            self.index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self.index)
+            self.index = faiss.index_cpu_to_gpu(_gpu_memory(), 0, self.index)
             self.limit = min(self.limit, FAISS_GPU_LIMIT)
         self.index.add(np.ascontiguousarray(passages))
 
