@@ -12,7 +12,8 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -246,11 +247,24 @@ def read_datasets(
     return datasets, notes
 
 
+@contextmanager
+def named(system: str) -> Iterator[None]:
+    """Turns FloatingPointError, which models raise for NaN and infinite values, into ValueError naming the system."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise ValueError(f"{system}: {error}") from error
+
+
 def systems(loaded: Loaded, beir: Beir, args: argparse.Namespace) -> tuple[list[System], dict[str, list[str]]]:
     """The systems of a data set, encoded, and the fusions of each model: with dense, then with BM25 too."""
-    built = [lens_system(name, model, beir, args.instruction) for name, model in loaded.models.items()]
+    built: list[System] = []
+    for name, model in loaded.models.items():
+        with named(name):
+            built.append(lens_system(name, model, beir, args.instruction))
     for name, model in loaded.lexical.items():
-        built.append(lexical_system(name, model, beir, args.deepct_k1, args.deepct_b, args.deepct_scale))
+        with named(name):
+            built.append(lexical_system(name, model, beir, args.deepct_k1, args.deepct_b, args.deepct_scale))
     if loaded.dense:
         built.append(dense_system("dense", loaded.dense, beir))
     if "bm25" in args.baselines:

@@ -25,7 +25,7 @@ from eval import pruning
 from eval.metrics import MEASURES, compare
 from eval.pruning import METHODS, Csr
 from eval.report import Table, number, p_value
-from eval.run import machine, model_folders, read_datasets, versions
+from eval.run import machine, model_folders, named, read_datasets, versions
 from eval.scoring import CHUNK_VALUES, evaluate, judged_queries, vector_system
 from lens.corpus import Beir
 from lens.files import atomic_folder, check_output, require, write_json
@@ -172,10 +172,11 @@ def systems(args: argparse.Namespace, folders: Mapping[str, str], beir: Beir) ->
         found[name] = Embedded(stored(path, queries), kept[name])
     for name, folder in folders.items():
         model = lens.load(folder, **options)
-        if args.documents and not args.queries:
-            found = {label: Embedded(encode_queries(model, beir, args.instruction), kept[label]) for label in kept}
-        else:
-            found[name] = encode(model, beir, args.instruction)
+        with named(name):
+            if args.documents and not args.queries:
+                found = {label: Embedded(encode_queries(model, beir, args.instruction), kept[label]) for label in kept}
+            else:
+                found[name] = encode(model, beir, args.instruction)
     for name, embedded in found.items():
         for part, matrix in (("queries", embedded.queries), ("documents", embedded.documents)):
             if not np.isfinite(matrix.data).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,10 +13,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForMaskedLM, BertModel, MistralConfig, MistralForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+import lens
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -140,6 +143,20 @@ def mistral_clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bert_clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_clusters(tmp_path_factory.mktemp("clusters") / "bert", len(encoder_tokenizer()))
+
+
+@pytest.fixture(scope="session")
+def overflowing(tmp_path_factory: pytest.TempPathFactory, bert: Path, bert_clusters: Path) -> Path:
+    """Folder of a tiny LENS model of finite weights, which gives NaN for a text with "dog" in it."""
+    folder = tmp_path_factory.mktemp("overflowing")
+    base = shutil.copytree(bert, folder / "base")
+    weights = load_file(base / "model.safetensors")
+    word = weights["embeddings.word_embeddings.weight"][encoder_tokenizer().convert_tokens_to_ids("dog")]
+    word.fill_(torch.finfo(torch.float32).min)
+    word[0] = torch.finfo(torch.float32).max  # further from the mean than float32 reaches
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    lens.LENS.build(base, bert_clusters, device="cpu").save(folder / "model", include_backbone=True)
+    return folder / "model"
 
 
 @pytest.fixture

@@ -105,6 +105,20 @@ def test_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tiny  bm25  nDCG@10" in capsys.readouterr().out
 
 
+def test_a_lexical_model_that_gives_nan_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise FloatingPointError("a weight is NaN: train again")
+
+    monkeypatch.setattr(run, "lexical_folders", lambda *_: {"weights": "weights"})
+    monkeypatch.setattr(run, "load_lexical", lambda *_: None)
+    monkeypatch.setattr(run, "lexical_system", fails)
+    assert run.main(["--lexical", "weights", "--beir", "tiny", "--output", "out"]) == 2
+    assert capsys.readouterr().err == "error: weights: a weight is NaN: train again\n"
+    assert not (folder / "out").exists()
+
+
 def test_baselines_alone_and_repeatable(folder: Path) -> None:
     command = ["--beir", "tiny", "--baselines", "bm25", "--output", "out"]
     assert run.main(command) == 0

@@ -25,6 +25,7 @@ from transformers import (
 from eval.scoring import bm25_system, evaluate
 from lens.corpus import read_beir
 from lens.dense import Dense
+from lens.files import atomic_file
 from train.doc2query import Settings, Writer, clean, shard_seed
 from train.generate import main, threshold_of
 from train.sources import read_examples
@@ -222,6 +223,28 @@ def test_a_killed_run_goes_on_byte_for_byte(
     assert contents(other)["examples.jsonl"] != contents(whole)["examples.jsonl"]
 
 
+def test_a_run_killed_while_it_wrote_its_settings_is_begun_again(t5: Path, beir: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "out.shards"
+    with atomic_file(shards / "settings.json") as temporary:
+        torn = temporary
+    (shards / "settings.json").unlink()
+    torn.write_text('{"mo')
+    assert main(command(t5, beir, tmp_path / "out")) == 0
+    assert not shards.exists()
+
+
+def test_an_output_that_holds_the_corpus_is_never_replaced(
+    t5: Path, beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(command(t5, beir, output)) == 0
+    before = contents(output)
+    for corpus in (output / "expanded", output / "expanded" / "corpus.jsonl"):
+        assert main(command(t5, corpus, output, "--overwrite")) == 2
+        assert "holds the --corpus that is read: choose another place" in capsys.readouterr().err
+    assert contents(output) == before
+
+
 @pytest.mark.slow
 def test_several_devices_write_the_same(t5: Path, beir: Path, tmp_path: Path) -> None:
     assert main(command(t5, beir, tmp_path / "one")) == 0
@@ -308,7 +331,14 @@ def test_filtering_keeps_the_best_by_the_scorers_own_scores(
 
 
 def test_bad_input_gets_one_line(
-    t5: Path, bert: Path, reranker: Path, mistral: Path, beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    t5: Path,
+    bert: Path,
+    reranker: Path,
+    mistral: Path,
+    overflowing: Path,
+    beir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     blank = write_rows(tmp_path / "blank.jsonl", {"_id": "a", "text": " "})
     torn = tmp_path / "torn.jsonl"
@@ -341,6 +371,7 @@ def test_bad_input_gets_one_line(
         (command(t5, beir, output, device="cuda:99"), "cuda:99"),
         (command(mistral, beir, output, passage_length=600), "lower --passage-length"),
         (command(t5, beir, output, cross_encoder=damaged, keep_share=0.5), "gives nan for the query"),
+        (command(t5, beir, output, bi_encoder=overflowing, keep_share=0.5), f"{overflowing}: embeddings hold NaN"),
     ]
     for arguments, message in cases:
         shutil.rmtree(tmp_path / "out.shards", ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
@@ -25,12 +26,15 @@ from transformers import (
     BertForSequenceClassification,
 )
 
+from lens.files import atomic_file
 from train import teacher_pool
 from train.data import text_key
+from train.locks import alone
 from train.score import main
+from train.shards import STATE, Shards
 from train.sources import read_examples
 from train.teacher_pool import Here, Processes, chunks_of
-from train.teachers import PROMPTS, Options, Pair, parse_prompt, parse_teacher
+from train.teachers import PROMPTS, Options, Pair, Teacher, parse_prompt, parse_teacher
 
 HALVES = [(" ".join(words[:3]), " ".join(words[3:8])) for words in map(str.split, SENTENCES)]
 LONG = " ".join(SENTENCES * 4)
@@ -235,6 +239,27 @@ def test_lens_model_scores_with_each_example_s_instruction(mistral, mistral_clus
     assert np.abs(flat(rows[:1]) - flat(rows[1:])).max() > 1e-3
 
 
+def test_models_of_the_hub_are_known_by_their_commit(bert, bert_clusters, data, tmp_path, monkeypatch):
+    import lens
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    for name in ("head", "sentence"):  # neither holds config.json
+        snapshot = tmp_path / "hub" / f"models--org--{name}" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (tmp_path / "hub" / f"models--org--{name}" / "refs").mkdir()
+        (tmp_path / "hub" / f"models--org--{name}" / "refs" / "main").write_text(commit)
+    (snapshot / "modules.json").write_text("[]")
+    head = tmp_path / "hub" / "models--org--head" / "snapshots" / commit
+    lens.LENS.build(bert, bert_clusters, device="cpu").save(head)
+    assert not (head / "config.json").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    rows = score(tmp_path / "a.jsonl", "--model", "org/head", "--data", data)
+    assert rows == score(tmp_path / "b.jsonl", "--model", head, "--data", data)
+    (teacher,) = json.loads((tmp_path / "a.jsonl.manifest.json").read_text())["teachers"]
+    assert (teacher["model"], teacher["kind"], teacher["commit"]) == ("org/head", "lens", commit)
+    assert Teacher("sentence", "org/sentence", Options()).facts()["commit"] == commit
+
+
 def test_embeddings_are_the_same_from_any_shards(bert, data, tmp_path):
     for name, size in (("a", 100), ("b", 2)):
         extra = ("--embeddings", tmp_path / f"{name}.safetensors", "--shard", size)
@@ -243,6 +268,19 @@ def test_embeddings_are_the_same_from_any_shards(bert, data, tmp_path):
     texts = dict.fromkeys(text for e in read_examples(data) for text in (e.query, *e.pos, *e.neg))
     assert one["keys"].tolist() == many["keys"].tolist() == [text_key(text) for text in texts]
     torch.testing.assert_close(one["embeddings"], many["embeddings"], atol=1e-3, rtol=0)
+
+
+def test_gzipped_outputs(bert, data, tmp_path):
+    plain = score(tmp_path / "a.jsonl", "--model", bert, "--data", data)
+    packed = [tmp_path / name for name in ("b.jsonl.gz", "c.jsonl.gz")]
+    for output in packed:
+        command = ["--model", bert, "--data", data, "--output", output, "--device", "cpu"]
+        assert main(list(map(str, command))) == 0
+        assert [json.loads(line) for line in gzip.decompress(output.read_bytes()).splitlines()] == plain
+    assert packed[0].read_bytes() == packed[1].read_bytes()
+    digest = json.loads((tmp_path / "b.jsonl.gz.manifest.json").read_text())["output"]["sha256"]
+    assert digest == hashlib.sha256(packed[0].read_bytes()).hexdigest()
+    assert read_examples(packed[0])[0].pos_scores == plain[0]["pos_scores"]
 
 
 # --- several teachers, several devices -------------------------------------------------------------------------------
@@ -286,8 +324,6 @@ def test_each_pair_and_each_text_is_computed_once():
 
 
 def parse(kind):
-    from train.teachers import Teacher
-
     return Teacher(kind, "x", Options())
 
 
@@ -374,8 +410,6 @@ def test_killed_and_started_again_equals_uninterrupted(cross, data, tmp_path, ca
 
 
 def test_weights_may_change_between_an_interrupted_run_and_its_end(cross, bert, data, tmp_path, monkeypatch):
-    from train.shards import Shards
-
     both = ("--model", cross, "--model", f"bi={bert}", "--data", data, "--shard", 2)
     compute = Shards.compute
 
@@ -390,6 +424,47 @@ def test_weights_may_change_between_an_interrupted_run_and_its_end(cross, bert, 
     monkeypatch.setattr(Shards, "compute", compute)
     resumed = score(output, *both, "--weights", 2, 1)
     assert resumed == score(tmp_path / "b.jsonl", *both, "--weights", 2, 1)
+
+
+def test_a_run_killed_between_embeddings_and_output_goes_on(bert, data, tmp_path, monkeypatch, capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    output, embeddings, other = tmp_path / "a.jsonl", tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    command = ["--model", bert, "--data", data, "--embeddings", embeddings]
+    monkeypatch.setattr(Shards, "combined", stop)
+    assert main([*map(str, command), "--output", str(output), "--device", "cpu"]) == 130
+    monkeypatch.undo()
+    assert embeddings.exists()
+    assert not output.exists()
+    other.write_text("precious")
+    assert main([*map(str, command[:-1]), str(other), "--output", str(output), "--device", "cpu"]) == 2
+    assert "b.safetensors exists" in capsys.readouterr().err
+    assert other.read_text() == "precious"
+    rows = score(output, *command)
+    assert rows == score(tmp_path / "c.jsonl", *command[:-1], tmp_path / "c.safetensors")
+    assert embeddings.read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_is_begun_again(bert, data, tmp_path):
+    output, parts = tmp_path / "a.jsonl", tmp_path / "a.jsonl.parts"
+    with atomic_file(parts / STATE) as temporary:
+        torn = temporary
+    (parts / STATE).unlink()
+    torn.write_text('{"da')
+    assert len(score(output, "--model", bert, "--data", data)) == 7
+    assert not parts.exists()
+
+
+def test_one_run_at_a_time_writes_to_an_output(bert, data, tmp_path, capsys):
+    output = tmp_path / "a.jsonl"
+    arguments = ["--model", str(bert), "--data", str(data), "--output", str(output), "--device", "cpu"]
+    with alone(output):
+        assert main(arguments) == 2
+        assert "another run is writing to" in capsys.readouterr().err
+        assert not (tmp_path / "a.jsonl.parts").exists()
+    assert main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.manifest.json"]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -407,6 +482,14 @@ def test_scores_that_are_not_finite_name_example_and_teacher(cross, bert, data, 
     error = capsys.readouterr().err
     assert f"data.jsonl:2: teacher cross={broken} gives neg[3] the score nan" in error
     assert not output.exists()
+
+
+def test_a_lens_model_that_gives_nan_is_named(overflowing, data, tmp_path, capsys):
+    arguments = ["--model", str(overflowing), "--data", str(data), "--output", str(tmp_path / "a.jsonl")]
+    assert main([*arguments, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert f"teacher bi={overflowing} failed: embeddings hold NaN" in error
+    assert "memory" not in error
 
 
 def bad_rows(*rows):
@@ -464,6 +547,9 @@ BAD_OPTIONS = [
     ("--model bert --embeddings e.npz", "--embeddings must end in .safetensors"),
     ("--model cross=cross --embeddings e.safetensors", "--embeddings needs a single bi-encoder with mean pooling"),
     ("--model bert --output taken.jsonl", "is not empty"),
+    ("--model bert --output a.txt", "--output must end in .jsonl or .jsonl.gz, found a.txt"),
+    ("--model bert --output folder.jsonl --overwrite", "--output folder.jsonl is a folder"),
+    ("--model bert --embeddings folder.safetensors --overwrite", "--embeddings folder.safetensors is a folder"),
     ("--model bert --output blocked.jsonl", "is in the way and holds no state.json"),
 ]
 
@@ -474,7 +560,8 @@ def models(tmp_path_factory, cross, bert, mistral):
     for name, target in (("cross", cross), ("bert", bert), ("mistral", mistral)):
         (folder / name).symlink_to(target)
     save_classifier(folder / "three", labels=3)
-    (folder / "empty").mkdir()
+    for name in ("empty", "folder.jsonl", "folder.safetensors"):
+        (folder / name).mkdir()
     shutil.copytree(bert, folder / "cut")
     (folder / "cut" / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:5000])
     (folder / "taken.jsonl").write_text("precious")

@@ -14,6 +14,7 @@ from scipy import sparse
 
 import lens
 from eval import pruning
+from eval.run import main as evaluation
 from eval.scoring import evaluate, lens_system, vector_system
 from eval.sparsity import main, pruned, stored
 from lens.cli import main as lens_main
@@ -170,6 +171,17 @@ def start(folder: Path, output: Path, *options: str) -> dict[str, Any]:
     assert main([*common, *options, "--output", str(output)]) == 0
     content: dict[str, Any] = json.loads((output / "results.json").read_text())
     return content
+
+
+@pytest.mark.parametrize("program", [evaluation, main])
+def test_a_model_that_gives_nan_is_named(
+    program: Any, folder: Path, overflowing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", f"broken={overflowing}", "--beir", str(folder / "data"), "--device", "cpu"]
+    assert program([*arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "broken: embeddings hold NaN or infinite values" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_program(folder: Path, tmp_path: Path) -> None:

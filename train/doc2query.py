@@ -201,8 +201,11 @@ class Scorer:
         else:
             distinct = list(dict.fromkeys(passages))
             place = {passage: i for i, passage in enumerate(distinct)}
-            documents = np.asarray(self.encode(distinct, "document"))[[place[passage] for passage in passages]]
-            scores = (np.asarray(self.encode(list(queries), "query")) * documents).sum(1)
+            try:
+                documents = np.asarray(self.encode(distinct, "document"))[[place[passage] for passage in passages]]
+                scores = (np.asarray(self.encode(list(queries), "query")) * documents).sum(1)
+            except FloatingPointError as error:
+                raise ValueError(f"{self.settings.scorer}: {error}") from error
         if not np.isfinite(scores).all():
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise ValueError(f"{self.settings.scorer} gives {scores[bad]} for the query {queries[bad][:60]!r}")

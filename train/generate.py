@@ -21,16 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lens
-
-# isort: split
-from filelock import FileLock, Timeout
-
 from lens.corpus import find_file, read_texts
 from lens.devices import resolve_device
 from lens.files import atomic_folder, check_output, read_json, read_jsonl, write_json
 from lens.program import interruptible
 from lens.text import check_texts
 from train.doc2query import Settings, read_shard, write_shards
+from train.locks import alone
 
 MANIFEST_FILE, EXAMPLES_FILE, EXPANDED_FOLDER = "manifest.json", "examples.jsonl", "expanded"
 
@@ -194,6 +191,8 @@ def run(options: argparse.Namespace) -> dict[str, int]:
     source = Path(options.corpus)
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--output {output} lies in the folder --corpus that is read: choose another place")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"--output {output} holds the --corpus that is read: choose another place")
     devices = options.devices or [options.device]
     for device in devices:
         resolve_device(device)
@@ -204,13 +203,7 @@ def run(options: argparse.Namespace) -> dict[str, int]:
     file = find_file(source, "corpus") if source.is_dir() else source
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     work = output.absolute().with_name(f"{output.name}.shards")
-    work.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work.with_name(f".{work.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FileExistsError(f"another run is writing to {work}: wait for it, or choose another --output") from error
-    try:
+    with alone(work):
         begin(work, {**asdict(settings), "corpus_sha256": digest})
         count = math.ceil(len(ids) / settings.shard_size)
         write_shards(settings, str(source), work, count, devices)
@@ -218,14 +211,13 @@ def run(options: argparse.Namespace) -> dict[str, int]:
         with atomic_folder(output, options.overwrite, MANIFEST_FILE) as folder:
             counts = write_output(folder, options, settings, shards, digest)
         shutil.rmtree(work)
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
     return counts
 
 
 def begin(work: Path, wanted: dict[str, Any]) -> None:
     """Makes the folder of shards, or takes up that of a run of the same settings; raises ValueError for another's."""
+    for torn in work.glob(".settings.json.*"):  # a run killed while it wrote them
+        torn.unlink()
     if work.is_dir() and any(work.iterdir()):
         before = read_json(work / "settings.json") if (work / "settings.json").is_file() else {}
         changed = sorted(name for name in wanted if before.get(name) != wanted[name])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -27,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from lens.devices import resolve_device
 from lens.files import check_output, read_json, write_json
 from train.checkpoints import COMPLETE_FILE, mark_whole, whole_checkpoints
+from train.locks import alone
 from train.progress import Progress, Stopping
 from train.sampler import Schedule
 
@@ -115,20 +115,11 @@ def begun(options: argparse.Namespace, files: Sequence[str | os.PathLike[str]], 
         for torn in output.glob(f".{RUN_FILE}.*"):  # a run killed while it wrote its first file
             torn.unlink()
         check_output(output)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output.absolute().with_name(f".{output.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FileExistsError(f"another run is writing to {output}: wait for it, or choose another --output") from error
-    try:
+    with alone(output):
         if not (output / marker).is_file():
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / RUN_FILE, settings)
         yield (output / marker).is_file()
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:

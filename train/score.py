@@ -1,6 +1,6 @@
 """Scores positives and negatives with a teacher, or with several together.
 
-    python train/score.py --model [KIND=]PATH_OR_ID [--model ...] --data FILE --output FILE.jsonl
+    python train/score.py --model [KIND=]PATH_OR_ID [--model ...] --data FILE --output FILE.jsonl[.gz]
 
 KIND is `cross` (a cross-encoder), `llm` (a language model asked by --prompt) or `bi` (a bi-encoder: a LENS model, a
 sentence-transformers model, or any encoder with mean pooling). A bare PATH_OR_ID is a cross-encoder where its
@@ -33,7 +33,9 @@ import lens
 from lens.devices import resolve_device
 from lens.files import atomic_file, check_output, write_json
 from lens.program import interruptible
-from train.shards import Shards, Statistics
+from train.locks import alone
+from train.mine import open_text
+from train.shards import Shards, Statistics, moved
 from train.sources import DataSet, read_examples
 from train.teacher_pool import Here, Processes
 from train.teachers import PROMPTS, Options, Teacher, digest, parse_prompt, parse_teacher
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="[KIND=]PATH", help="teacher; again for several")
     add("--data", required=True, help="examples in the bge format, .jsonl(.gz), .json or .parquet")
-    add("--output", required=True, help="file to write: the examples with pos_scores and neg_scores")
+    add("--output", required=True, help=".jsonl(.gz) to write: the examples with pos_scores and neg_scores")
     add("--embeddings", help="also write the embeddings of all texts, .safetensors; one teacher with mean pooling")
     add("--weights", type=float, nargs="+", metavar="W", help="of the teachers in their mean, one each (equal)")
     add(
@@ -93,6 +95,11 @@ def check(options: argparse.Namespace) -> list[Teacher]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
+    if not options.output.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"--output must end in .jsonl or .jsonl.gz, found {options.output}")
+    for name, file in (("output", options.output), ("embeddings", options.embeddings)):
+        if file and Path(file).is_dir():
+            raise IsADirectoryError(f"--{name} {file} is a folder: name a file")
     check_output(options.output, options.overwrite)
     named = ("data", "output", "embeddings")
     places = [Path(getattr(options, name)).resolve() for name in named if getattr(options, name)]
@@ -101,7 +108,7 @@ def check(options: argparse.Namespace) -> list[Teacher]:
     if options.embeddings:
         if not options.embeddings.endswith(".safetensors"):
             raise ValueError(f"--embeddings must end in .safetensors, found {options.embeddings}")
-        check_output(options.embeddings, options.overwrite)
+        check_output(options.embeddings, options.overwrite or moved(work_of(options), Path(options.embeddings)))
     prompt = parse_prompt(options.prompt or "bge", options.yes, options.no)
     how = Options(options.max_length, options.dtype, options.batch_tokens, options.activation == "model", prompt)
     teachers = [parse_teacher(argument, how) for argument in options.model]
@@ -123,6 +130,11 @@ def check(options: argparse.Namespace) -> list[Teacher]:
     return teachers
 
 
+def work_of(options: argparse.Namespace) -> Path:
+    """The folder of unfinished work."""
+    return Path(f"{options.output}.parts")
+
+
 def versions() -> dict[str, str]:
     """Versions that the scores may depend on."""
     found = {"python": platform.python_version(), "lens": lens.__version__}
@@ -134,12 +146,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def score(options: argparse.Namespace, teachers: list[Teacher], examples: DataSet, work: Path) -> dict[str, Any]:
+def score(options: argparse.Namespace, teachers: list[Teacher], examples: DataSet) -> dict[str, Any]:
     """Scores the shards that are missing, then writes the outputs; returns the manifest."""
     facts = {"sha256": digest(Path(options.data)), "examples": len(examples)}
     size = options.shard or (SHARD_BI if all(t.kind in ("mean", "sentence", "lens") for t in teachers) else SHARD)
     described = [teacher.facts() for teacher in teachers]
-    shards = Shards(work, examples, size)
+    shards = Shards(work_of(options), examples, size)
     state = {
         "data": facts,
         "models": described,
@@ -187,13 +199,15 @@ def write(
     if options.embeddings:
         embeddings, keys = shards.embeddings()
         tensors = {"embeddings": torch.from_numpy(embeddings), "keys": torch.from_numpy(keys)}
-        with atomic_file(options.embeddings, options.overwrite) as temporary:
+        place = Path(options.embeddings)
+        with atomic_file(place, options.overwrite or moved(shards.folder, place)) as temporary:
             save_file(tensors, temporary, {"format": "pt", "teacher": teachers[0].path})
+            shards.move(place)
     total: dict[str, Statistics] = {}
     counts = {"examples": len(examples), "positives": 0, "negatives": 0, "examples_without_negatives": 0}
     names = [teacher.name for teacher in teachers]
     with atomic_file(options.output, options.overwrite) as temporary:
-        with temporary.open("w", encoding="utf-8") as file:
+        with open_text(temporary, options.output.endswith(".gz")) as file:
             for number, example, scores in shards.combined(names, weights, standardise, total):
                 row, rounded = examples.row(number), [round(float(value), DECIMALS) for value in scores]
                 row["pos_scores"], row["neg_scores"] = rounded[: len(example.pos)], rounded[len(example.pos) :]
@@ -225,7 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         teachers = check(options)
         examples = read_examples(options.data)
-        manifest = score(options, teachers, examples, Path(f"{options.output}.parts"))
+        with alone(Path(options.output)):
+            manifest = score(options, teachers, examples)
     except (ValueError, OSError, ImportError) as error:
         print(f"train/score.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 A shard is a run of examples, and its scores are a function of those examples and the teachers alone: a run that was
 killed goes on with the shards that are missing, and ends with the same bytes. `state.json` says what the shards are
 of; the scores of a shard lie in one array (T teachers, n pairs), each example's positives before its negatives.
+`moved.json` names the file of embeddings, which is moved into place before the output is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from train.sources import DataSet
 from train.teacher_pool import Here, Processes, chunks_of
 from train.teachers import Pair, Scores, Teacher
 
-STATE = "state.json"
+STATE, MOVED = "state.json", "moved.json"
 
 
 class Shards:
@@ -41,6 +42,8 @@ class Shards:
         where it is no such folder.
         """
         said = None
+        for torn in self.folder.glob(f".{STATE}.*"):  # a run killed while it wrote its first file
+            torn.unlink()
         if self.folder.exists() and any(self.folder.iterdir()):
             if not (self.folder / STATE).is_file():
                 raise FileExistsError(f"{self.folder} is in the way and holds no {STATE} of an unfinished run: move it")
@@ -64,6 +67,10 @@ class Shards:
         """Removes the folder when the work is finished, or when nothing in it is worth keeping."""
         if finished or ((self.folder / STATE).is_file() and not any(self.folder.glob("part-*"))):
             shutil.rmtree(self.folder)
+
+    def move(self, path: Path) -> None:
+        """Notes that `path` is about to become this run's file of embeddings, see `moved`."""
+        write_json(self.folder / MOVED, {"embeddings": str(path.resolve())})
 
     def part(self, number: int) -> Path:
         """The file of a shard."""
@@ -201,6 +208,12 @@ class Statistics:
         negatives = self.sums["negatives"][0]
         figures["negatives_above_the_best_positive"] = self.above / negatives if negatives else None
         return figures
+
+
+def moved(folder: Path, path: Path) -> bool:
+    """Whether the unfinished run in `folder` has moved its embeddings to `path`, or was about to when it was killed."""
+    note = folder / MOVED
+    return note.is_file() and read_json(note).get("embeddings") == str(path.resolve())
 
 
 def pairs_of(example: Example) -> list[Pair]:

@@ -131,6 +131,8 @@ class Processes:
 def _compute(teacher: Teacher, loaded: Compute, items: Sequence[Item]) -> Any:
     try:
         return loaded(items)
+    except FloatingPointError as error:
+        raise ValueError(f"teacher {teacher.name} failed: {brief(error)}") from error
     except RuntimeError as error:  # torch's, running out of memory among them
         raise ValueError(
             f"teacher {teacher.name} failed: {brief(error)}; where memory ran out, lower --batch-tokens"

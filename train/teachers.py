@@ -36,6 +36,8 @@ Compute = Callable[[Sequence[Item]], Any]
 
 LENGTHS = {"cross": 512, "llm": 1024, "mean": 256}
 """Tokens at which texts are cut unless told otherwise; other kinds know their own length."""
+MARKERS = {"lens": "lens.json", "sentence": "modules.json"}
+"""Files at the top of models that may hold no config.json there."""
 BLOCK = 1 << 16
 """Pairs whose inner products are taken at a time."""
 
@@ -208,7 +210,10 @@ class Teacher:
         if folder.is_dir():
             files = sorted(file for file in folder.rglob("*") if file.is_file() and _matters(file.relative_to(folder)))
             facts["sha256"] = {str(file.relative_to(folder)): digest(file) for file in files}
-        elif self.kind != "sentence":
+        elif self.kind in MARKERS:
+            marker = _holds(self.path, MARKERS[self.kind])
+            facts["commit"] = marker.parent.name if marker else None  # .../snapshots/COMMIT/FILE
+        else:
             facts["commit"] = getattr(load_config(self.path), "_commit_hash", None)
         return facts
 
@@ -239,7 +244,7 @@ def parse_teacher(argument: str, options: Options) -> Teacher:
         )
     if not path:
         raise ValueError(f"--model {argument!r} names no folder or hub id")
-    lens_model, modules = _holds(path, "lens.json"), _holds(path, "modules.json")
+    lens_model, modules = _holds(path, MARKERS["lens"]), _holds(path, MARKERS["sentence"])
     described = modules and _holds(path, SENTENCE_FILE)
     saved = read_json(described) if described else {}
     if lens_model and kind in ("", "bi"):
