@@ -92,10 +92,11 @@ def read_qrels(
     path: str | os.PathLike[str],
     queries: Container[str] | None = None,
     corpus: Container[str] | None = None,
-    skip_unknown: bool = False,
+    skip_unknown: bool | None = None,
 ) -> dict[str, dict[str, int]]:
     """Reads qrels/SPLIT.tsv; with `queries` and `corpus`, ids that are not in them are an error, or are skipped with
-    a warning that counts them.
+    a warning that counts them. `skip_unknown` is None where the program has no such option, which errors then do not
+    name.
 
     Raises ValueError "FILE:LINE: ..." for a row without three columns or an integer score, for one that contradicts
     an earlier one, and for an unknown id.
@@ -123,10 +124,8 @@ def read_qrels(
             if known is not None and name not in known
         ]
         if unknown and not skip_unknown:
-            raise ValueError(
-                f"{path}:{number}: unknown {' and '.join(unknown)}: complete the folder, or leave such judgements out "
-                "(eval/run.py: --skip-unknown)"
-            )
+            how = "remove the line" if skip_unknown is None else "leave such judgements out (--skip-unknown)"
+            raise ValueError(f"{path}:{number}: unknown {' and '.join(unknown)}: complete the folder, or {how}")
         if unknown:
             skipped += unknown
         elif qrels.setdefault(query, {}).setdefault(document, value) != value:
@@ -156,7 +155,7 @@ def qrels_file(folder: str | os.PathLike[str], split: str | None = None) -> Path
     return folder / "qrels" / f"{split}.tsv"
 
 
-def read_beir(folder: str | os.PathLike[str], split: str | None = None, skip_unknown: bool = False) -> Beir:
+def read_beir(folder: str | os.PathLike[str], split: str | None = None, skip_unknown: bool | None = None) -> Beir:
     """Reads a BEIR folder with the judgements of one split (default: test, else dev, else the only one).
 
     Queries without a judgement are dropped. Raises FileNotFoundError for what is missing, and ValueError

@@ -15,7 +15,9 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from conftest import ROOT, SENTENCES, write_rows
+from safetensors.torch import load_file, save_file
 
 import train.retrievers
 from lens.search.bm25 import BM25, PartialBM25
@@ -267,7 +269,7 @@ def test_the_manifest_counts(tmp_path):
     (row,) = read(output)
     assert (row["query"], row["pos"], row["prompt"]) == ("river stone", ["river amber"], "Find.")
     assert row["neg"] == ["river", "cedar"]
-    manifest = json.loads((tmp_path / "out" / "mined.manifest.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "mined.jsonl.manifest.json").read_text())
     assert manifest["left_out"] == {"blank query": 1, "blank positives": 1, "no positive": 1}
     counted = {name: manifest[name] for name in ("queries", "examples", "negatives", "passages", "random_negatives")}
     assert counted == {"queries": 4, "examples": 1, "negatives": 2, "passages": 6, "random_negatives": 1}
@@ -278,7 +280,7 @@ def test_the_manifest_counts(tmp_path):
     assert corpus_facts["sha256"] == sha256((beir / "corpus.jsonl").read_bytes()).hexdigest()
     assert manifest["retrievers"] == [{"retriever": "bm25"}]
     assert manifest["options"]["negatives"] == 3
-    assert sorted(path.name for path in output.parent.iterdir()) == ["mined.jsonl", "mined.manifest.json"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["mined.jsonl", "mined.jsonl.manifest.json"]
 
 
 def test_pairs_alone_and_with_a_corpus(tmp_path):
@@ -329,7 +331,7 @@ def kill_at(monkeypatch, owner, name, call):
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [(PartialBM25, "count", 1), (PartialBM25, "count", 4), (Best, "save", 1), (Best, "save", 3), (Best, "save", 9),
-     (FakeEncoder, "passages", 3), (train.retrievers.BM25Retriever, "pairs", 1), (train.mine, "write_json", 2)],
+     (FakeEncoder, "passages", 3), (train.retrievers.BM25Retriever, "pairs", 1), (train.mine, "write_json", 1)],
 )  # fmt: skip
 def test_killed_anywhere_and_restarted_is_the_same(owner, name, call, model, tmp_path, monkeypatch):
     beir = made(tmp_path / "beir", seed=9)
@@ -341,11 +343,11 @@ def test_killed_anywhere_and_restarted_is_the_same(owner, name, call, model, tmp
         with pytest.raises(Killed):
             mine([str(option) for option in [*options, "--output", output]])
     assert not output.exists()
-    begun = call > 1 or name in ("pairs", "save")
+    begun = call > 1 or name in ("pairs", "save", "write_json")
     assert (tmp_path / "broken" / "mined.jsonl.work").exists() == begun
     run(*options, "--output", output)
     assert output.read_bytes() == (tmp_path / "whole" / "mined.jsonl").read_bytes()
-    texts = [(tmp_path / folder / "mined.manifest.json").read_text() for folder in ("whole", "broken")]
+    texts = [(tmp_path / folder / "mined.jsonl.manifest.json").read_text() for folder in ("whole", "broken")]
     assert texts[0].replace("/whole/", "/broken/") == texts[1]
     assert not (tmp_path / "broken" / "mined.jsonl.work").exists()
 
@@ -421,7 +423,7 @@ def test_manifests_are_no_training_data(tmp_path):
     beir = made(tmp_path / "beir")
     run("--beir", beir, "--output", tmp_path / "data" / "mined.jsonl")
     (tmp_path / "data" / "more").mkdir()
-    (tmp_path / "data" / "mined.manifest.json").rename(tmp_path / "data" / "more" / "mined.manifest.json")
+    (tmp_path / "data" / "mined.jsonl.manifest.json").rename(tmp_path / "data" / "more" / "mined.jsonl.manifest.json")
     run("--beir", beir, "--output", tmp_path / "data" / "other.jsonl")
     recipe = Recipe(base="x", data=[str(tmp_path / "data")], output="y")
     assert sorted(source.name for source in open_sources(recipe)) == [
@@ -460,6 +462,14 @@ def test_bad_input_is_named_in_one_line(tmp_path, capsys):
     pairs = write_rows(tmp_path / "p.jsonl", {"query": "river", "pos": ["stone"]}, {"query": " ", "pos": ["x"]})
     no_pos = write_rows(tmp_path / "n.jsonl", {"query": "river", "pos": []})
     blank = write_rows(tmp_path / "blank.jsonl", {"query": "river", "pos": ["", "x"]})
+    labelled = write_rows(
+        tmp_path / "labelled.jsonl",
+        {"query": "river", "pos": ["stone"], "type": "only_1neg"},
+        {"query": "cedar", "pos": ["marble"], "neg": ["amber"], "type": "symmetric_class"},
+    )
+    grouped = write_rows(
+        tmp_path / "grouped.jsonl", {"query": "x", "pos": ["y"], "neg": ["z"], "type": "symmetric_clustering"}
+    )
     (tmp_path / "void.jsonl").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "lens").mkdir()
@@ -475,14 +485,18 @@ def test_bad_input_is_named_in_one_line(tmp_path, capsys):
             ("twice", f"corpus.jsonl:{rows + 1}: `_id` 'd3' was already used in line 4"),
             ("noid", f"corpus.jsonl:{rows + 1}: no usable `_id`"),
             ("queries", "queries.jsonl:13: expected a JSON object"),
-            ("qrels", "expected query-id<TAB>corpus-id"), ("document", "unknown document 'none'"),
-            ("query", "unknown query 'none'"), ("latin", f"corpus.jsonl:{rows + 1}: not UTF-8"),
+            ("qrels", "expected query-id<TAB>corpus-id"), ("latin", f"corpus.jsonl:{rows + 1}: not UTF-8"),
+            ("document", "unknown document 'none': complete the folder, or remove the line\n"),
+            ("query", "unknown query 'none': complete the folder, or remove the line\n"),
         )),
         (["--beir", str(none), "--output", out], "judges no document relevant"),
         (["--beir", str(empty), "--output", out], "corpus.jsonl holds no passages"),
         (["--pairs", str(pairs), "--output", out], "p.jsonl:2: `query` must be a text that is not empty"),
         (["--pairs", str(no_pos), "--output", out], "n.jsonl:1: `pos` must hold at least one text"),
         (["--pairs", str(blank), "--output", out], "blank.jsonl:1: `pos` holds an empty text"),
+        (["--pairs", str(labelled), "--output", out], "labelled.jsonl:2: passages of other rows may bear this row's"),
+        (["--pairs", str(grouped), "--output", out], "grouped.jsonl:1: passages of other rows may bear this row's"),
+        (["--beir", str(good), "--output", str(tmp_path / "m.parquet")], "is written as .jsonl or .jsonl.gz: name it"),
         (["--pairs", str(tmp_path / "void.jsonl"), "--output", out], "void.jsonl holds no rows"),
         (["--pairs", str(tmp_path / "gone.jsonl"), "--output", out], "gone.jsonl does not exist"),
         (["--pairs", str(good), "--output", out], "good does not exist: --pairs takes a .jsonl"),
@@ -538,8 +552,76 @@ def test_a_model_that_gives_nan_is_named(where, model, tmp_path, monkeypatch, ca
     real = getattr(FakeEncoder, where)
     monkeypatch.setattr(FakeEncoder, where, lambda self, texts: real(self, texts) * float("nan"))
     beir = made(tmp_path / "beir")
-    assert mine(["--beir", str(beir), "--output", str(tmp_path / "x"), "--retriever", f"st={model}"]) == 2
+    assert mine(["--beir", str(beir), "--output", str(tmp_path / "x.jsonl"), "--retriever", f"st={model}"]) == 2
     assert f"--retriever st={model}: the model gives NaN or infinite values" in capsys.readouterr().err
+
+
+def test_a_model_that_fails_is_named_in_one_line(model, tmp_path, monkeypatch, capsys):
+    def failing(self, texts):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(FakeEncoder, "passages", failing)
+    beir = made(tmp_path / "beir")
+    assert mine(["--beir", str(beir), "--output", str(tmp_path / "x.jsonl"), "--retriever", f"st={model}"]) == 2
+    expected = f"--retriever st={model}: the model cannot embed: CUDA out of memory. Tried to allocate 2 GiB\n"
+    assert capsys.readouterr().err == f"train/mine.py: {expected}"
+
+
+def test_a_lens_model_that_gives_nan_is_named_in_one_line(bert, bert_clusters, tmp_path, capsys):
+    import lens
+
+    with lens.LENS.build(bert, bert_clusters) as built:
+        built.save(tmp_path / "lens")
+    spoilt = 0
+    for path in (tmp_path / "lens").rglob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith("LayerNorm.weight"):
+                tensors[name], spoilt = torch.full_like(tensor, torch.nan), spoilt + 1
+        save_file(tensors, path, {"format": "pt"})
+    assert spoilt
+    beir = made(tmp_path / "beir")
+    retriever = f"lens={tmp_path / 'lens'}"
+    assert mine(["--beir", str(beir), "--output", str(tmp_path / "x.jsonl"), "--retriever", retriever]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"train/mine.py: --retriever {retriever}: the model cannot embed: ")
+    assert "NaN" in error
+
+
+def test_nothing_to_search_for_finds_nothing():
+    texts = ["river stone", "cedar"]
+    for kind in ("st", "sparse"):
+        retriever = train.retrievers.EmbeddingRetriever(kind, FakeEncoder(kind), [])
+        best = Best(0, 3)
+        assert len(list(retriever.search(Two(texts), 1, 0, best))) == 2
+        assert retriever.pairs(np.zeros(0, dtype=np.int64), []).shape == (0,)
+        asked = train.retrievers.EmbeddingRetriever(kind, FakeEncoder(kind), [("river", None)])
+        assert asked.pairs(np.zeros(0, dtype=np.int64), []).shape == (0,)
+
+
+class Two:
+    """Stands for a corpus of two shards."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def shards(self, size, first=0):
+        yield from ((start, self.texts[start : start + size]) for start in range(first, len(self.texts), size))
+
+
+@pytest.mark.parametrize("kind", ["bm25", "st=MODEL", "sparse=MODEL"])
+def test_no_question_that_is_left_is_said_in_one_line(kind, model, tmp_path, capsys):
+    retriever = kind.replace("MODEL", str(model))
+    corpus = {"a": "river", "b": " ", "c": "cedar"}
+    blank = write_beir(tmp_path / "queries", corpus, {"1": " ", "2": ""}, [("1", "a", 1), ("2", "a", 1)])
+    empty = write_beir(tmp_path / "positives", corpus, {"1": "river", "2": "cedar"}, [("1", "b", 1), ("2", "a", 0)])
+    for folder, reasons in ((blank, "blank query 2"), (empty, "blank positives 1, no positive 1")):
+        arguments = ["--beir", str(folder), "--output", str(tmp_path / "x.jsonl"), "--retriever", retriever]
+        assert mine([*arguments, "--margin", "0"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"train/mine.py: no query has a negative ({reasons}): "), error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "x.jsonl.work").exists()
 
 
 def test_models_of_every_kind_are_read_and_ranked_as_they_rank_themselves(bert, bert_mlm, bert_clusters, tmp_path):
@@ -569,7 +651,7 @@ def test_models_of_every_kind_are_read_and_ranked_as_they_rank_themselves(bert, 
         output = tmp_path / f"{kind}.jsonl"
         run("--beir", beir, "--output", output, "--retriever", f"{kind}={tmp_path / kind}", "--scores", "--sample",
             "top", "--negatives", 20, "--shard", 4, "--prompt", "Find.", "--margin", 0)  # fmt: skip
-        manifest = json.loads((tmp_path / f"{kind}.manifest.json").read_text())
+        manifest = json.loads((tmp_path / f"{kind}.jsonl.manifest.json").read_text())
         assert len(manifest["retrievers"][0]["sha256"]) == 64
         for number, row in enumerate(read(output)):
             own = expected[number, number]

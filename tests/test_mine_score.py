@@ -46,12 +46,17 @@ def test_mined_negatives_are_never_positives(beir, bert, tmp_path):
 def test_mining_and_scoring_fail_in_one_line(beir, bert, tmp_path, capsys):
     taken = tmp_path / "taken.jsonl"
     taken.write_text("precious")
+    out = str(tmp_path / "x.jsonl")
     cases = [
         (mine, ["--beir", str(beir), "--output", str(taken)], "is not empty"),
-        (mine, ["--beir", str(beir), "--split", "dev", "--output", str(tmp_path / "x")], "no dev.tsv; found train"),
-        (mine, ["--beir", str(tmp_path / "no"), "--output", str(tmp_path / "x")], "is not a folder"),
-        (mine, ["--beir", str(beir), "--output", str(tmp_path / "x"), "--negatives", "0"], "must be at least 1"),
-        (score, ["--model", str(bert), "--data", str(taken), "--output", f"{tmp_path}/x.jsonl"], "taken.jsonl:1: not"),
+        (
+            mine,
+            ["--beir", str(beir), "--split", "dev", "--output", out],
+            "no dev.tsv; found train",
+        ),
+        (mine, ["--beir", str(tmp_path / "no"), "--output", out], "is not a folder"),
+        (mine, ["--beir", str(beir), "--output", out, "--negatives", "0"], "must be at least 1"),
+        (score, ["--model", str(bert), "--data", str(taken), "--output", out], "taken.jsonl:1: not"),
         (score, ["--model", str(bert), "--data", str(taken), "--output", str(taken)], "is not empty"),
     ]
     for program, arguments, message in cases:

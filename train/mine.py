@@ -17,7 +17,6 @@ import argparse
 import gzip
 import io
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -28,19 +27,19 @@ from typing import Any, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lens import __version__
-from lens.files import atomic_file, check_output, read_json, write_json
+from lens.files import atomic_file, check_output, write_json
 from lens.program import interruptible
 from lens.text import check_texts
 from train.negatives import Rules, choose
 from train.passages import Corpus, Questions, file_facts, read_folder, read_pairs
 from train.ranking import Best, fuse
-from train.retrievers import ENCODE_ROWS, Query, Spec, choose_faiss, identity, load, parse
+from train.retrievers import ENCODE_ROWS, Query, Spec, check_installed, choose_faiss, identity, load, parse
 from train.sources import MANIFEST
+from train.work import check_plan, working
 
 FUSIONS = ("rrf", "sum")
 Candidates = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
@@ -115,10 +114,15 @@ def mine(options: argparse.Namespace, rules: Rules) -> dict[str, Any]:
         raise ValueError(f"--output {options.output} is a file that is read: choose another place")
     inputs = {str(file): file_facts(file) for file in files}
     retrievers = [identity(spec) for spec in options.retriever]
-    check_plan(options, inputs, retrievers)
+    left_out = questions.left_out
+    if not questions.rows:
+        raise no_negative(left_out)
+    names = ("depth", "shard", "prompt", "bm25_stopwords", "bm25_stemmer")
+    plan = {"inputs": inputs, "retriever": retrievers, **{name: getattr(options, name) for name in names}}
+    check_plan(options.work, plan)
     search = Search(options, questions, corpus, rules.filters or options.scores)
     search.run()
-    counts, left_out = Counter[str](), questions.left_out
+    counts = Counter[str]()
     chosen: dict[int, list[tuple[int, float | None]]] = {}
     for number in tqdm(range(len(questions.rows)), desc="choose", unit="query", leave=False, disable=None):
         found = choose(rules, number, *search.candidates(number), corpus.keys, questions.banned(number), counts)
@@ -127,8 +131,7 @@ def mine(options: argparse.Namespace, rules: Rules) -> dict[str, Any]:
         else:
             left_out["no negative"] += 1
     if not chosen:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.items())
-        raise ValueError(f"no query has a negative ({reasons}): a larger corpus, or weaker filters, may give some")
+        raise no_negative(left_out)
     positions = np.unique([position for found in chosen.values() for position, _ in found])
     texts = corpus.fetch(positions, options.work / "texts.bin")
     sizes = [len(found) for found in chosen.values()]
@@ -168,38 +171,15 @@ def mine(options: argparse.Namespace, rules: Rules) -> dict[str, Any]:
     return manifest
 
 
-def check_plan(options: argparse.Namespace, inputs: dict[str, Any], retrievers: list[dict[str, str]]) -> None:
-    """Notes in the work folder what the search depends on; raises ValueError where a killed run searched otherwise."""
-    names = ("depth", "shard", "prompt", "bm25_stopwords", "bm25_stemmer")
-    plan = {"inputs": inputs, "retriever": retrievers, **{name: getattr(options, name) for name in names}}
-    path = options.work / "plan.json"
-    if path.is_file():
-        before = read_json(path)
-        changed = [f"--{name}".replace("_", "-").replace("--inputs", "input files") for name in plan
-                   if before.get(name) != plan[name]]  # fmt: skip
-        if changed:
-            raise ValueError(
-                f"{options.work} is of an unfinished run with other {', '.join(changed)}: give that run's options and "
-                "files to go on, or remove the folder to start anew"
-            )
-    write_json(path, plan)
+def no_negative(left_out: Counter[str]) -> ValueError:
+    """What is raised where nothing can be written."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.items())
+    return ValueError(f"no query has a negative ({reasons}): a larger corpus, or weaker filters, may give some")
 
 
 def manifest_of(output: str) -> Path:
     """Where the manifest of an output lies."""
-    name = Path(output).name.removesuffix(".gz").removesuffix(".jsonl")
-    return Path(output).with_name(name + MANIFEST)
-
-
-@contextmanager
-def kept_if_begun(work: Path) -> Iterator[None]:
-    """Removes the work folder of a run that fails before it searched anything."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt):
-        if not any(work.glob("*.npz")):
-            shutil.rmtree(work)
-        raise
+    return Path(output + MANIFEST)
 
 
 def rounded(score: float | None) -> float | None:
@@ -248,21 +228,25 @@ def check(options: argparse.Namespace) -> Rules:
         raise ValueError(f"--shard must be at least 1, found {options.shard}")
     if options.corpus and not options.pairs:
         raise ValueError("--corpus goes with --pairs: a BEIR folder has its own corpus")
+    for spec in options.retriever:
+        check_installed(spec, options.bm25_stopwords, options.bm25_stemmer)
     if options.search != "auto":
         choose_faiss(options.search)
     if options.prompt is not None:
         check_texts([options.prompt])
     if Path(options.output).is_dir():
         raise IsADirectoryError(f"--output {options.output} is a folder: name a file in it")
+    if not options.output.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"--output {options.output} is written as .jsonl or .jsonl.gz: name it so")
     check_output(options.output, options.overwrite)
+    if manifest_of(options.output).is_dir():
+        raise IsADirectoryError(f"{manifest_of(options.output)}, where the manifest goes, is a folder: move it")
     for option, folder in (("--beir", options.beir), ("--corpus", options.corpus)):
         if folder and Path(folder).is_dir() and Path(options.output).resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(
                 f"--output {options.output} lies in the folder {option} that is read: choose another place"
             )
     options.work = Path(options.output).with_name(f"{Path(options.output).name}.work")
-    if not options.work.exists():
-        check_output(manifest_of(options.output), options.overwrite)
     return rules
 
 
@@ -310,13 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = arguments_of(arguments)
     try:
         rules = check(options)
-        options.work.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(options.work / "lock", timeout=0), kept_if_begun(options.work):
-                manifest = mine(options, rules)
-                shutil.rmtree(options.work)
-        except Timeout as error:
-            raise FileExistsError(f"another run is mining into {options.output}: wait for it") from error
+        with working(options.work):
+            manifest = mine(options, rules)
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         print(f"train/mine.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

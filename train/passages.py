@@ -180,7 +180,8 @@ def read_pairs(path: Path, corpus: Path | None, work: Path, prompt: str | None) 
     """The rows of a .jsonl(.gz) file in the bge format, of which `neg` may be missing, and the corpus: a file or BEIR
     folder, or without one all passages of the rows, which then go into a file in the folder `work`.
 
-    Raises FileNotFoundError, and ValueError as "FILE:LINE: ..." for a row without a query or positives.
+    Raises FileNotFoundError, and ValueError as "FILE:LINE: ..." for a row without a query or positives, and for one
+    whose negatives follow from labels.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: --pairs takes a .jsonl or .jsonl.gz file")
@@ -194,6 +195,11 @@ def read_pairs(path: Path, corpus: Path | None, work: Path, prompt: str | None) 
                 example = parse_example(row)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
+            if example.own_negatives_only:
+                raise ValueError(
+                    f"{path}:{number}: passages of other rows may bear this row's label, so none is mined for type "
+                    f"{example.type}: leave such rows out"
+                )
             instruction = example.prompt if prompt is None else prompt
             rows.append(
                 Question(f"line {number}", example.query, distinct(example.pos), instruction, example.type),

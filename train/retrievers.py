@@ -15,6 +15,7 @@ import scipy.sparse
 
 from lens.files import atomic_file, require
 from lens.search.bm25 import Counts, PartialBM25
+from lens.search.words import Words
 from train.passages import Corpus, file_facts
 from train.ranking import Best, Faiss, Floats, Ints, exact, search_dense, search_sparse
 
@@ -121,7 +122,6 @@ class BM25Retriever:
         self.bm25 = PartialBM25([text for text, _ in queries], **options)
         self.queries = len(queries)
         self.work = work
-        self.counted = False
 
     def search(self, corpus: Corpus, shard: int, first: int, best: Best) -> Iterator[None]:
         for number in range(first, self._count(corpus, shard)):
@@ -177,11 +177,14 @@ class EmbeddingRetriever:
 
     def __init__(self, name: str, encoder: Encoder, queries: Sequence[Query], faiss: str | None = None) -> None:
         self.name, self.encoder, self.faiss = name, encoder, faiss
-        self.queries = self._embed(encoder.queries, queries)
+        self.queries = self._embed(encoder.queries, queries) if queries else np.zeros((0, 0), dtype=np.float32)
         self.lexical = scipy.sparse.issparse(self.queries)
 
     def search(self, corpus: Shards, shard: int, first: int, best: Best) -> Iterator[None]:
         for start, texts in corpus.shards(shard, first):
+            if not self.queries.shape[0]:  # nothing to search for
+                yield
+                continue
             vectors = self._embed(self.encoder.passages, texts)
             if self.lexical:
                 search_sparse(self.queries, vectors, start, best)
@@ -191,14 +194,20 @@ class EmbeddingRetriever:
             yield
 
     def pairs(self, queries: Ints, texts: Sequence[str]) -> Floats:
+        if not len(texts):
+            return np.zeros(0, dtype=np.float32)
         vectors = self._embed(self.encoder.passages, texts)
         if self.lexical:
             return np.asarray(self.queries[queries].multiply(vectors).sum(1), dtype=np.float32).ravel()
         each = [exact(self.queries[query], vectors, np.array([row])) for row, query in enumerate(queries)]
-        return np.concatenate(each) if each else np.zeros(0, dtype=np.float32)
+        return np.concatenate(each)
 
     def _embed(self, encode: Any, texts: Sequence[Any]) -> Any:
-        parts = [encode(texts[first : first + ENCODE_ROWS]) for first in range(0, len(texts), ENCODE_ROWS)]
+        """Vectors of at least one text; raises ValueError where the model fails, as by memory or a NaN."""
+        try:
+            parts = [encode(texts[first : first + ENCODE_ROWS]) for first in range(0, len(texts), ENCODE_ROWS)]
+        except (RuntimeError, FloatingPointError) as error:
+            raise ValueError(f"--retriever {self.name}: the model cannot embed: {error}") from error
         for part in parts:
             if not np.isfinite(part.data if scipy.sparse.issparse(part) else part).all():
                 raise ValueError(f"--retriever {self.name}: the model gives NaN or infinite values")
@@ -257,15 +266,21 @@ class SentenceEncoder:
         return scipy.sparse.csr_matrix(rows, dtype=np.float32)
 
 
+def check_installed(spec: Spec, stopwords: str, stemmer: str) -> None:
+    """Raises ImportError for a library that a retriever needs, ValueError for a list or stemmer that BM25 lacks."""
+    if spec.kind == "bm25":
+        Words(stopwords, stemmer)
+    elif spec.kind != "lens":
+        require("sentence-transformers", "sentence_transformers")
+
+
 def load(spec: Spec, queries: Sequence[Query], work: Path, faiss: str | None, device: str | None, **bm25: Any) -> Any:
-    """The Retriever of a Spec for these queries; raises ImportError for what is not installed, ValueError for a model
+    """The Retriever of a Spec, which `check_installed` has passed, for these queries; raises ValueError for a model
     that cannot be read."""
     if spec.kind == "bm25":
         return BM25Retriever(queries, work, **bm25)
     try:
         encoder = _read(spec, device)
-    except ImportError:
-        raise
     except Exception as error:  # what a damaged folder raises is up to three libraries
         raise ValueError(f"--retriever {spec}: the model cannot be read: {error}") from error
     return EmbeddingRetriever(str(spec), encoder, queries, faiss)
@@ -276,7 +291,6 @@ def _read(spec: Spec, device: str | None) -> Encoder:
         import lens
 
         return LensEncoder(lens.load(spec.path, device=device))
-    require("sentence-transformers", "sentence_transformers")
     import sentence_transformers
 
     path = str(Path(spec.path).expanduser()) if Path(spec.path).expanduser().is_dir() else spec.path
