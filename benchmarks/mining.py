@@ -77,7 +77,7 @@ def measure(passages: int, queries: int) -> dict[str, Any]:
         before, start = load(), time.perf_counter()
         memory = peak("--beir", str(folder / "beir"), "--output", str(output))
         seconds = time.perf_counter() - start
-        manifest = read_json(folder / "mined.manifest.json")
+        manifest = read_json(folder / "mined.jsonl.manifest.json")
         return {
             "passages": passages,
             "corpus_mb": round((folder / "beir" / "corpus.jsonl").stat().st_size / 2**20, 1),

@@ -672,11 +672,12 @@ def test_the_benchmark_at_toy_size(tmp_path):
     from benchmarks import mining
 
     places = ["--output", str(tmp_path / "mining.json"), "--results", str(tmp_path / "page.md")]
+    ballast = np.ones(100_000_000)  # 763 MB that the measured process does not hold
     mining.main(["--passages", "300", "--queries", "5", *places])
     (found,) = json.loads((tmp_path / "mining.json").read_text())["runs"]
     assert (found["passages"], found["queries"], found["negatives_per_query"]) == (300, 5, 15.0)
     libraries = json.loads((tmp_path / "mining.json").read_text())["libraries_mb"]
-    assert 20 < libraries < found["peak_rss_mb"] < libraries + 500
+    assert 20 < libraries < found["peak_rss_mb"] < min(libraries + 500, ballast.nbytes / 2**20)
     before = (tmp_path / "page.md").read_text()
     assert f"| 300 | {found['corpus_mb']:,} | 5 | {found['seconds']:,} |" in before
     mining.main(["--page", *places])

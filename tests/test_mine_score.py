@@ -49,11 +49,7 @@ def test_mining_and_scoring_fail_in_one_line(beir, bert, tmp_path, capsys):
     out = str(tmp_path / "x.jsonl")
     cases = [
         (mine, ["--beir", str(beir), "--output", str(taken)], "is not empty"),
-        (
-            mine,
-            ["--beir", str(beir), "--split", "dev", "--output", out],
-            "no dev.tsv; found train",
-        ),
+        (mine, ["--beir", str(beir), "--split", "dev", "--output", out], "no dev.tsv; found train"),
         (mine, ["--beir", str(tmp_path / "no"), "--output", out], "is not a folder"),
         (mine, ["--beir", str(beir), "--output", out, "--negatives", "0"], "must be at least 1"),
         (score, ["--model", str(bert), "--data", str(taken), "--output", out], "taken.jsonl:1: not"),
