@@ -141,8 +141,10 @@ def test_beir(beir):
 
 def test_beir_with_unknown_ids(beir):
     (beir / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td9\t1\nq7\td1\t1\n")
-    with pytest.raises(ValueError, match="dev.tsv:3: unknown document 'd9': complete the folder"):
+    with pytest.raises(ValueError, match="dev.tsv:3: unknown document 'd9': complete the folder, or remove the line$"):
         read_beir(beir)
+    with pytest.raises(ValueError, match=r"complete the folder, or leave such judgements out \(--skip-unknown\)$"):
+        read_beir(beir, skip_unknown=False)
     with pytest.warns(UserWarning, match="names 2 unknown queries or documents"):
         assert read_beir(beir, skip_unknown=True).qrels == {"q1": {"d1": 1}}
     (beir / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq7\td1\t1\n")

@@ -16,12 +16,10 @@ from filelock import FileLock
 from test_mine import Killed, kill_at, made, read, run
 
 import train.mine
-import train.retrievers
 import train.work
 from lens.search.bm25 import PartialBM25
 from train.mine import main as mine
 from train.ranking import Best
-
 
 REMOVALS = 11
 """Files of the work folder in these tests: lists, positives' scores, texts, counts of 6 shards, plan, lock."""
