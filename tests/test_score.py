@@ -260,6 +260,23 @@ def test_models_of_the_hub_are_known_by_their_commit(bert, bert_clusters, data, 
     assert Teacher("sentence", "org/sentence", Options()).facts()["commit"] == commit
 
 
+def test_splade_scores_are_inner_products(bert_mlm, data, tmp_path):
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
+
+    peer = SparseEncoder(modules=[MLMTransformer(str(bert_mlm)), SpladePooling()], device="cpu")
+    peer.save(str(tmp_path / "model"))
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    data = tmp_path / "plain.jsonl"  # an instruction would stand before the query
+    data.write_text("".join(json.dumps({**line, "prompt": None}) + "\n" for line in lines))
+    rows = score(tmp_path / "a.jsonl", "--model", f"bi={tmp_path / 'model'}", "--data", data)
+    queries, passages, _ = zip(*pairs_in(rows), strict=True)
+    vectors = peer.encode_query(list(queries)).to_dense(), peer.encode_document(list(passages)).to_dense()
+    np.testing.assert_allclose(flat(rows), (vectors[0] * vectors[1]).sum(1), rtol=1e-5, atol=1e-5)
+    alone = score(tmp_path / "b.jsonl", "--model", f"lens={bert_mlm}", "--data", data)
+    np.testing.assert_allclose(flat(alone), flat(rows), rtol=1e-5, atol=1e-5)
+
+
 def test_embeddings_are_the_same_from_any_shards(bert, data, tmp_path):
     for name, size in (("a", 100), ("b", 2)):
         extra = ("--embeddings", tmp_path / f"{name}.safetensors", "--shard", size)
@@ -474,13 +491,25 @@ def test_one_run_at_a_time_writes_to_an_output(bert, data, tmp_path, capsys):
 def test_scores_that_are_not_finite_name_example_and_teacher(cross, bert, data, tmp_path, capsys, value):
     broken = shutil.copytree(cross, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
-    weights["bert.embeddings.word_embeddings.weight"][encoder_tokenizer().convert_tokens_to_ids("dog")] = value
+    tokenizer = AutoTokenizer.from_pretrained(cross)  # no two trained on the same texts number tokens alike
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    places = [
+        (number, f"{name}[{i}]", set(tokenizer(line["query"], text)["input_ids"]))
+        for number, line in enumerate(rows, 1)
+        for name in ("pos", "neg")
+        for i, text in enumerate(line[name])
+    ]
+    common = set.intersection(*(ids for _, _, ids in places))
+    number, place, ids = places[len(places) // 2]
+    token = max(ids - common)
+    number, place = next((number, place) for number, place, ids in places if token in ids)
+    weights["bert.embeddings.word_embeddings.weight"][token] = value
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     output = tmp_path / "a.jsonl"
     arguments = ["--model", f"bi={bert}", "--model", f"cross={broken}", "--data", str(data), "--output", str(output)]
     assert main([*arguments, "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert f"data.jsonl:2: teacher cross={broken} gives neg[3] the score nan" in error
+    assert f"data.jsonl:{number}: teacher cross={broken} gives {place} the score nan" in error
     assert not output.exists()
 
 
@@ -488,7 +517,7 @@ def test_a_lens_model_that_gives_nan_is_named(overflowing, data, tmp_path, capsy
     arguments = ["--model", str(overflowing), "--data", str(data), "--output", str(tmp_path / "a.jsonl")]
     assert main([*arguments, "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert f"teacher bi={overflowing} failed: embeddings hold NaN" in error
+    assert f"teacher lens={overflowing} failed: embeddings hold NaN" in error
     assert "memory" not in error
 
 
@@ -524,6 +553,7 @@ BAD_OPTIONS = [
     ("--model empty", "empty holds no config.json"),
     ("--model reranker=bert", "'reranker' is no kind of teacher; write cross=, llm=, bi="),
     ("--model cross=", "names no folder"),
+    ("--model lens=bert", "teacher lens=bert cannot be used"),
     ("--model cross=bert", "no cross-encoder (BertModel): one for sequence classification with a single label"),
     ("--model three", "is a classifier of 3 labels: a teacher needs a single one"),
     ("--model cross=three", "is a classifier of 3 labels: a teacher needs a single one"),

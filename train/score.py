@@ -2,10 +2,10 @@
 
     python train/score.py --model [KIND=]PATH_OR_ID [--model ...] --data FILE --output FILE.jsonl[.gz]
 
-KIND is `cross` (a cross-encoder), `llm` (a language model asked by --prompt) or `bi` (a bi-encoder: a LENS model, a
-sentence-transformers model, or any encoder with mean pooling). A bare PATH_OR_ID is a cross-encoder where its
-config.json says that it is a sequence classifier of one label, a LENS model where it holds lens.json, else a bi-encoder
-with mean pooling. A run that was killed goes on when it is started again.
+KIND is `cross` (a cross-encoder), `llm` (a language model asked by --prompt), `bi` (a bi-encoder: a LENS model, a
+sentence-transformers model, or any encoder with mean pooling) or `lens` (what lens.load reads, SPLADE too). A bare
+PATH_OR_ID is a cross-encoder where its config.json says that it is a sequence classifier of one label, a LENS model
+where it holds lens.json, else a bi-encoder with mean pooling. A run that was killed goes on when it is started again.
 
 Examples:
   python train/score.py --model sentence-transformers/all-MiniLM-L6-v2 --data mined.jsonl --output train.jsonl

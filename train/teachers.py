@@ -133,7 +133,7 @@ class Teacher:
     @property
     def name(self) -> str:
         """As it is named on the command line."""
-        return f"{self.kind if self.kind in ('cross', 'llm') else 'bi'}={self.path}"
+        return f"{'bi' if self.kind in ('mean', 'sentence') else self.kind}={self.path}"
 
     @property
     def max_length(self) -> int | None:
@@ -230,7 +230,7 @@ def digest(path: Path) -> str:
 
 
 def parse_teacher(argument: str, options: Options) -> Teacher:
-    """The teacher that `cross=PATH`, `llm=PATH`, `bi=PATH` or a bare PATH names, each a folder or hub id.
+    """The teacher that `cross=PATH`, `llm=PATH`, `bi=PATH`, `lens=PATH` or a bare PATH names, each a folder or hub id.
 
     A bare PATH is a cross-encoder where its configuration says so, a LENS model where it holds lens.json, else a
     bi-encoder with mean pooling. Raises FileNotFoundError or ValueError, saying what is needed.
@@ -238,7 +238,7 @@ def parse_teacher(argument: str, options: Options) -> Teacher:
     kind, separator, path = argument.partition("=")
     if not separator or Path(argument).exists():
         kind, path = "", argument
-    elif kind not in ("cross", "llm", "bi"):
+    elif kind not in ("cross", "llm", "bi", "lens"):
         raise ValueError(
             f"--model {argument}: {kind!r} is no kind of teacher; write cross=, llm=, bi= or the bare path"
         )
@@ -247,7 +247,10 @@ def parse_teacher(argument: str, options: Options) -> Teacher:
     lens_model, modules = _holds(path, MARKERS["lens"]), _holds(path, MARKERS["sentence"])
     described = modules and _holds(path, SENTENCE_FILE)
     saved = read_json(described) if described else {}
-    if lens_model and kind in ("", "bi"):
+    sparse_encoder = kind == "bi" and saved.get("model_type") == SPARSE_MODEL
+    if kind == "lens" or (lens_model and kind in ("", "bi")) or sparse_encoder:
+        if not (lens_model or modules):
+            load_config(path)
         return Teacher("lens", path, options)
     if modules and kind == "bi" and saved.get("model_type", SENTENCE_MODEL) == SENTENCE_MODEL:
         require("sentence-transformers", "sentence_transformers")
@@ -267,7 +270,7 @@ def parse_teacher(argument: str, options: Options) -> Teacher:
 
 
 SENTENCE_FILE = "config_sentence_transformers.json"
-SENTENCE_MODEL, CROSS_MODEL = "SentenceTransformer", "CrossEncoder"
+SENTENCE_MODEL, SPARSE_MODEL, CROSS_MODEL = "SentenceTransformer", "SparseEncoder", "CrossEncoder"
 """Model types that sentence-transformers writes there."""
 
 
