@@ -147,15 +147,14 @@ def bert_clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def overflowing(tmp_path_factory: pytest.TempPathFactory, bert: Path, bert_clusters: Path) -> Path:
-    """Folder of a tiny LENS model of finite weights, which gives NaN for a text with "dog" in it."""
+    """Folder of a tiny LENS model of finite weights, whose every embedding overflows."""
     folder = tmp_path_factory.mktemp("overflowing")
-    base = shutil.copytree(bert, folder / "base")
-    weights = load_file(base / "model.safetensors")
-    word = weights["embeddings.word_embeddings.weight"][encoder_tokenizer().convert_tokens_to_ids("dog")]
-    word.fill_(torch.finfo(torch.float32).min)
-    word[0] = torch.finfo(torch.float32).max  # further from the mean than float32 reaches
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    lens.LENS.build(base, bert_clusters, device="cpu").save(folder / "model", include_backbone=True)
+    clusters = shutil.copytree(bert_clusters, folder / "clusters")
+    tensors = load_file(clusters / "clusters.safetensors")
+    tensors["centroids"][::2] = torch.finfo(torch.float32).max
+    tensors["centroids"][1::2] = torch.finfo(torch.float32).min  # one of the two has a logit that is not below 0
+    save_file(tensors, clusters / "clusters.safetensors")
+    lens.LENS.build(bert, clusters, device="cpu").save(folder / "model", include_backbone=True)
     return folder / "model"
 
 
