@@ -572,14 +572,9 @@ def test_a_lens_model_that_gives_nan_is_named_in_one_line(bert, bert_clusters, t
 
     with lens.LENS.build(bert, bert_clusters) as built:
         built.save(tmp_path / "lens")
-    spoilt = 0
-    for path in (tmp_path / "lens").rglob("*.safetensors"):
-        tensors = load_file(path)
-        for name, tensor in tensors.items():
-            if name.endswith("LayerNorm.weight"):
-                tensors[name], spoilt = torch.full_like(tensor, torch.nan), spoilt + 1
-        save_file(tensors, path, {"format": "pt"})
-    assert spoilt
+    head = load_file(tmp_path / "lens" / "head.safetensors")
+    large = {name: tensor.sign() * 3e38 if tensor.is_floating_point() else tensor for name, tensor in head.items()}
+    save_file(large, tmp_path / "lens" / "head.safetensors", {"format": "pt"})  # finite, but its products are not
     beir = made(tmp_path / "beir")
     retriever = f"lens={tmp_path / 'lens'}"
     assert mine(["--beir", str(beir), "--output", str(tmp_path / "x.jsonl"), "--retriever", retriever]) == 2
