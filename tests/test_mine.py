@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -570,7 +571,7 @@ def test_a_model_that_fails_is_named_in_one_line(model, tmp_path, monkeypatch, c
 def test_a_lens_model_that_gives_nan_is_named_in_one_line(bert, bert_clusters, tmp_path, capsys):
     import lens
 
-    with lens.LENS.build(bert, bert_clusters) as built:
+    with lens.LENS.build(shutil.copytree(bert, tmp_path / "base"), bert_clusters) as built:
         built.save(tmp_path / "lens")
     head = load_file(tmp_path / "lens" / "head.safetensors")
     large = {name: tensor.sign() * 3e38 if tensor.is_floating_point() else tensor for name, tensor in head.items()}
