@@ -59,7 +59,7 @@ def arguments(bert: Path, data: Path, output: Path, **changes: object) -> list[s
 @pytest.fixture(scope="module")
 def trained(bert: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "deepct"
-    assert main(arguments(bert, examples, output, max_steps=250, save_steps=250, logging_steps=50)) == 0
+    assert main(arguments(bert, examples, output, max_steps=500, save_steps=500, logging_steps=50)) == 0
     return output
 
 
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(bert: Path, examples: Path, tm
 def test_a_finished_run_is_left_alone_and_another_refused(
     trained: Path, bert: Path, examples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = arguments(bert, examples, trained, max_steps=250, save_steps=250, logging_steps=50)
+    same = arguments(bert, examples, trained, max_steps=500, save_steps=500, logging_steps=50)
     assert main(same) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main(arguments(bert, examples, trained, max_steps=251)) == 2
