@@ -154,7 +154,7 @@ class Refresh:
         if self.rank == 0:
             for path in self.folder.glob("step-*"):
                 later = re.match(r"step-(\d+)", path.name)
-                if later and int(later[1]) > step:
+                if later and (int(later[1]) > step or path.is_dir()):  # folders are of minings that were killed
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._meet()
         served = self.refreshed.mined_at(step)
