@@ -23,7 +23,14 @@ def deepct_system(
     start = time.perf_counter()
     index = model.index(list(beir.corpus.values()), k1, b, scale)
     queries = index.queries(model.words([beir.queries[query] for query in judged_queries(beir)]))
-    system = vector_system(name, queries, index.documents, matching=True, seconds=time.perf_counter() - start)
+    system = vector_system(
+        name,
+        queries,
+        index.documents,
+        matching=True,
+        seconds=time.perf_counter() - start,
+        encode=lambda text: index.queries(model.words([text])),
+    )
     return replace(system, bounded=False)
 
 

@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +34,7 @@ from eval.scoring import (
     dense_system,
     evaluate,
     judged_queries,
+    latency,
     lens_system,
     tfidf_system,
 )
@@ -124,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     add("--drop-self", action="store_true", help="never retrieve the document whose id is the query's own")
     add("--resamples", type=int, default=10_000, help="sign flips and bootstrap samples of the significance tests")
     add("--seed", type=int, default=0, help="seed of the significance tests")
+    add("--latency-queries", type=int, default=50, metavar="N", help="queries that are timed one by one, 0 for none")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
     device.add_argument(
@@ -145,7 +147,7 @@ def load(args: argparse.Namespace) -> Loaded:
         raise ValueError("nothing to evaluate: give --model, --lexical or --baselines")
     if args.fuse and not (args.model and set(FUSED) & set(args.baselines)):
         raise ValueError("--fuse sums a model with baselines: give --model and --baselines dense, bm25 or both")
-    limits = {"depth": 100, "dense_length": 3, "block": 1, "resamples": 100}
+    limits = {"depth": 100, "dense_length": 3, "block": 1, "resamples": 100, "latency_queries": 0}
     limits |= dict.fromkeys(("bm25_k1", "bm25_b", "deepct_k1", "deepct_b"), 0.0) | {"deepct_scale": 1.0}
     for field, least in limits.items():
         value = getattr(args, field)
@@ -282,9 +284,12 @@ def systems(loaded: Loaded, beir: Beir, args: argparse.Namespace) -> tuple[list[
 
 
 def summary(
-    evaluation: Evaluation, built: Sequence[System], fusions: dict[str, list[str]]
+    evaluation: Evaluation,
+    built: Sequence[System],
+    fusions: dict[str, list[str]],
+    asked: Mapping[str, dict[str, float] | None],
 ) -> dict[str, dict[str, Any]]:
-    """Means and costs of every system, as results.json holds them."""
+    """Means and costs of every system, as results.json holds them; `asked` holds the latencies."""
     facts = {system.name: system.facts for system in built}
     return {
         name: {
@@ -292,6 +297,7 @@ def summary(
             "seconds": evaluation.seconds[name],
             "search_seconds": evaluation.search_seconds[name],
             **{key: facts.get(name, {}).get(key) for key in COSTS},
+            "milliseconds": asked.get(name),
             "parts": fusions.get(name, []),
         }
         for name, measured in evaluation.values.items()
@@ -360,17 +366,18 @@ def run(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
                 drop_self=args.drop_self,
                 keep_rankings=args.save_runs,
             )
+            texts = [beir.queries[query] for query in evaluation.queries]
+            asked = {system.name: latency(system, texts[: args.latency_queries]) for system in built}
             comparisons = compare(evaluation.values, pairs(built, fusions, args.against), args.resamples, args.seed)
             results["datasets"][beir.name] = {
                 "queries": len(evaluation.queries),
                 "queries_without_relevant": len(beir.queries) - len(evaluation.queries),
                 "documents": len(beir.corpus),
                 "warnings": loaded.notes[beir.name],
-                "systems": summary(evaluation, built, fusions),
+                "systems": summary(evaluation, built, fusions, asked),
                 "comparisons": [asdict(comparison) for comparison in comparisons],
             }
             write_queries(folder, beir, evaluation, args.save_runs)
-            texts = [beir.queries[query] for query in evaluation.queries]
             details[beir.name] = Details(evaluation.queries, texts, evaluation.values)
             for name, values in evaluation.values.items():
                 print(

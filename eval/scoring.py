@@ -5,6 +5,7 @@ Shapes: n queries, N documents, K dimensions.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,8 @@ class System:
     fixed scale (a cosine) and are fused as they are; others are divided by their maximum over the documents first.
     `facts` are what the system costs: seconds of encoding and indexing, dimensions, active_per_query,
     active_per_document, flops (multiplications per query and document on average) and index_mb, 2^20 bytes of the
-    documents' vectors or postings as they are held.
+    documents' vectors or postings as they are held. `ask(text)` gives the scores (N,) for one query, its encoding
+    included, as a search server would; without it the system's latency is not measured.
     """
 
     name: str
@@ -49,6 +51,7 @@ class System:
     matching: bool = False
     bounded: bool = True
     facts: dict[str, float] = field(default_factory=dict)
+    ask: Callable[[str], Scores] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,10 @@ def vector_system(
     documents: NDArray[np.float32] | sparse.csr_array,
     matching: bool = False,
     seconds: float = 0.0,
+    encode: Callable[[str], NDArray[np.float32] | sparse.csr_array] | None = None,
 ) -> System:
-    """A system that scores by the inner product of embeddings (n, K) and (N, K), each a numpy array or CSR."""
+    """A system that scores by the inner product of embeddings (n, K) and (N, K), each a numpy array or CSR. `encode`
+    gives the embedding (1, K) of one query."""
 
     def score(rows: slice) -> Scores:
         block = queries[rows]
@@ -99,7 +104,39 @@ def vector_system(
         "flops": float(_shares(queries) @ _shares(documents)),
         "index_mb": (csr_bytes(documents) if sparse.issparse(documents) else documents.nbytes) / 2**20,
     }
-    return System(name, score, matching=matching, facts=facts)
+    return System(name, score, matching=matching, facts=facts, ask=_asking(encode, documents) if encode else None)
+
+
+def _asking(
+    encode: Callable[[str], NDArray[np.float32] | sparse.csr_array], documents: NDArray[np.float32] | sparse.csr_array
+) -> Callable[[str], Scores]:
+    """The scores (N,) of a query given as text. Sparse documents become inverted lists when the first is asked."""
+
+    @functools.cache
+    def lists() -> sparse.csr_array:
+        return sparse.csr_array(documents.T)  # (K, N)
+
+    def ask(text: str) -> Scores:
+        query = encode(text)
+        if sparse.issparse(documents):
+            return (sparse.csr_array(query) @ lists()).toarray()[0]
+        return documents @ (query.toarray() if sparse.issparse(query) else query)[0]
+
+    return ask
+
+
+def latency(system: System, texts: Sequence[str], k: int = 10) -> dict[str, float] | None:
+    """Milliseconds from a query's text to its k best documents, one query at a time: median and 95th percentile over
+    `texts`, the first of which is asked once more beforehand. None for a system that cannot be asked one query."""
+    if system.ask is None or not texts:
+        return None
+    rank(system.ask(texts[0]), k, system.matching)
+    taken = []
+    for text in texts:
+        start = time.perf_counter()
+        rank(system.ask(text), k, system.matching)
+        taken.append(1000 * (time.perf_counter() - start))
+    return {"median": float(np.median(taken)), "p95": float(np.percentile(taken, 95))}
 
 
 def _shares(embeddings: NDArray[np.float32] | sparse.csr_array) -> NDArray[np.float64]:
@@ -133,7 +170,14 @@ def lens_system(name: str, model: Any, beir: Beir, instruction: str | None = Non
         for i in starts:
             documents[i : i + chunk] = model.encode_documents(texts[i : i + chunk], output="numpy")
     seconds = time.perf_counter() - start
-    system = vector_system(name, sparse.csr_array(queries), documents, matching=True, seconds=seconds)
+    system = vector_system(
+        name,
+        sparse.csr_array(queries),
+        documents,
+        matching=True,
+        seconds=seconds,
+        encode=lambda text: model.encode_queries([text], instruction=instruction, output="csr"),
+    )
     return replace(system, bounded=model.config.normalize)
 
 
@@ -142,7 +186,12 @@ def dense_system(name: str, model: Dense, beir: Beir) -> System:
     start = time.perf_counter()
     queries = model.encode([beir.queries[query] for query in judged_queries(beir)], f"{name}: queries")  # (n, D)
     documents = model.encode(list(beir.corpus.values()), f"{name}: documents")  # (N, D)
-    return vector_system(name, queries, documents, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return vector_system(name, queries, documents, seconds=seconds, encode=lambda text: _quietly(model, text))
+
+
+def _quietly(model: Dense, text: str) -> NDArray[np.float32]:
+    return model.encode([text], show_progress=False)
 
 
 def bm25_system(name: str, beir: Beir, **options: Any) -> System:
@@ -158,7 +207,14 @@ def bm25_system(name: str, beir: Beir, **options: Any) -> System:
         "flops": index.flops(queries),
         "index_mb": index.held / 2**20,
     }
-    return System(name, lambda rows: index.score(queries[rows]), matching=True, bounded=False, facts=facts)
+    return System(
+        name,
+        lambda rows: index.score(queries[rows]),
+        matching=True,
+        bounded=False,
+        facts=facts,
+        ask=lambda text: index.score([text])[0],
+    )
 
 
 def tfidf_system(name: str, beir: Beir, stopwords: str = "english", stemmer: str = "english") -> System:
@@ -174,7 +230,10 @@ def tfidf_system(name: str, beir: Beir, stopwords: str = "english", stemmer: str
         raise ValueError(f"{beir.name}: no document holds a word, so there is nothing that TF-IDF could index")
     model = TfidfVectorizer(analyzer=_as_it_is, sublinear_tf=True, dtype=np.float32).fit(documents)
     vectors = sparse.csr_array(model.transform(queries)), sparse.csr_array(model.transform(documents))
-    return vector_system(name, *vectors, matching=True, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return vector_system(
+        name, *vectors, matching=True, seconds=seconds, encode=lambda text: model.transform(words([text]))
+    )
 
 
 def _as_it_is(words: list[str]) -> list[str]:

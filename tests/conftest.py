@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,15 +54,30 @@ def decoder_tokenizer() -> FastTokenizer:
     )
 
 
+def word_pieces(size: int = 254) -> list[str]:
+    """A vocabulary for WordPiece: special tokens, the letters of SENTENCES, their words, and the most frequent endings
+    until there are `size`. Made by hand because WordPieceTrainer breaks ties in another way in every process."""
+    words = [word for sentence in SENTENCES for word in re.findall(r"\w+|[^\w\s]", sentence.lower())]
+    letters = sorted({letter for word in words for letter in word})
+    endings = Counter(
+        word[start : start + length]
+        for word in words
+        for length in (2, 3, 4)
+        for start in range(1, len(word) - length + 1)
+    )
+    frequent = [f"##{ending}" for ending, _ in sorted(endings.items(), key=lambda item: (-item[1], item[0]))]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return list(
+        dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *sorted(set(words)), *frequent])
+    )[:size]
+
+
 def encoder_tokenizer() -> FastTokenizer:
     """A WordPiece with [CLS] and [SEP], as in BERT."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    vocabulary = {token: number for number, token in enumerate(word_pieces())}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -14,10 +14,25 @@ import pytest
 from scipy import sparse, stats
 from tokenizers.processors import TemplateProcessing
 
+import lens
 from eval import scoring
+from eval.lexical import lexical_system
 from eval.metrics import compare, holm, interval, per_query, randomisation_test
-from eval.scoring import System, bm25_system, evaluate, fuse, judged_queries, rank, vector_system
+from eval.scoring import (
+    System,
+    bm25_system,
+    dense_system,
+    evaluate,
+    fuse,
+    judged_queries,
+    latency,
+    lens_system,
+    rank,
+    tfidf_system,
+    vector_system,
+)
 from lens.corpus import Beir, read_beir
+from lens.deepct import DeepCT
 from lens.dense import Dense
 from lens.files import require
 from lens.search.bm25 import BM25
@@ -346,3 +361,25 @@ def test_costs_of_bm25_by_hand() -> None:
     assert facts["index_mb"] * 2**20 == 4 * 8
     evaluation = evaluate(beir, [bm25_system("bm25", beir)])
     assert 0 < evaluation.search_seconds["bm25"] <= evaluation.seconds["bm25"]
+
+
+def test_one_query_asked_alone_has_the_scores_it_has_among_others(beir: Beir, bert: Path) -> None:
+    deepct = DeepCT.build(bert, device="cpu", max_length=64)
+    model = lens.LENS.build(bert, device="cpu")
+    built = [
+        bm25_system("bm25", beir),
+        tfidf_system("tfidf", beir),
+        dense_system("dense", Dense(bert, "cpu"), beir),
+        lens_system("LENS", model, beir),
+        lexical_system("DeepCT", deepct, beir),
+    ]
+    texts = [beir.queries[query] for query in judged_queries(beir)]
+    for system in built:
+        expected = system.score(slice(0, len(texts)))
+        assert system.ask is not None
+        for text, row in zip(texts, expected, strict=True):
+            np.testing.assert_allclose(system.ask(text), row, rtol=1e-5, atol=1e-5)
+        timed = latency(system, texts)
+        assert timed is not None
+        assert 0 < timed["median"] <= timed["p95"]
+    assert latency(System("fused", lambda rows: np.zeros((1, 1), np.float32)), texts) is None

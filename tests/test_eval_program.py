@@ -22,7 +22,7 @@ class StubDense:
         if path == "missing":
             raise OSError("missing is not there\nsecond line")
 
-    def encode(self, texts: list[str], label: str = "") -> Any:
+    def encode(self, texts: list[str], label: str = "", show_progress: bool = True) -> Any:
         vectors = np.random.default_rng(len(texts)).normal(size=(len(texts), 8)).astype(np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -81,8 +81,11 @@ def test_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(tiny["systems"]) == names + fused
     assert (tiny["queries"], tiny["queries_without_relevant"], tiny["documents"]) == (3, 1, 5)
     facts = {"nDCG@10", "RR@10", "R@100", "seconds", "dimensions", "active_per_query", "active_per_document", "parts"}
-    facts |= {"search_seconds", "flops", "index_mb"}
+    facts |= {"search_seconds", "flops", "index_mb", "milliseconds"}
     assert all(set(system) == facts for system in tiny["systems"].values())
+    for name, system in tiny["systems"].items():
+        timed = system["milliseconds"]
+        assert timed is None if name in fused else 0 < timed["median"] <= timed["p95"]
     assert tiny["systems"]["mini"]["dimensions"] == 16
     compared = {(row["system"], row["other"]) for row in tiny["comparisons"]}
     assert {("mini", "dense"), ("mini", "bm25"), ("LENS + dense", "LENS"), ("LENS + dense", "dense")} <= compared
@@ -126,7 +129,7 @@ def test_baselines_alone_and_repeatable(folder: Path) -> None:
     assert first["comparisons"] == []
     assert run.main([*command, "--overwrite"]) == 0
     second = json.loads((folder / "out" / "results.json").read_text())["datasets"]["tiny"]
-    for timed in ("seconds", "search_seconds"):
+    for timed in ("seconds", "search_seconds", "milliseconds"):
         first["systems"]["bm25"].pop(timed)
         second["systems"]["bm25"].pop(timed)
     assert first == second
