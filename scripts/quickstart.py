@@ -373,7 +373,7 @@ def check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise StepError(f"{output} is a file: choose another --output")
     if output.is_dir() and any(output.iterdir()) and not (output / ".steps").is_dir():
-        raise StepError(f"{output} is not empty and was not made by the quick start: choose another --output")
+        raise StepError(f"{output} is not empty and was not made by this program: choose another --output")
     try:
         (output / ".steps").mkdir(parents=True, exist_ok=True)
     except OSError as error:

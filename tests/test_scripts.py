@@ -396,7 +396,7 @@ def test_bad_arguments_and_outputs(quickstart: ModuleType, tmp_path: Path, capsy
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert start(quickstart, tmp_path) == 1
-    assert "was not made by the quick start" in capsys.readouterr().err
+    assert "was not made by this program" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
     assert start(quickstart, tmp_path, "--data", str(tmp_path / "nowhere")) == 1
     assert "is not a folder" in capsys.readouterr().err
