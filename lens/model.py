@@ -44,7 +44,7 @@ from lens.merge import save_merged
 from lens.packed import packed_states
 from lens.quantized import Quantization, is_quantized
 from lens.text import add_special_tokens, tagged_prompt
-from lens.vocabulary import read_vocabulary_head
+from lens.vocabulary import clustered_transform, read_vocabulary_head
 
 # Legend: B texts, L tokens, T tokens and P pooled tokens of all texts, D hidden size, V vocabulary, K clusters.
 
@@ -342,6 +342,9 @@ def build_model(
 
     `settings` are LensConfig fields; what is not given follows from the backbone: decoders take the lens prompt (the
     three special tokens are added) and shifted positions, encoders the plain prompt and content positions.
+
+    With clusters, transform="mlm" takes the base's MLM head along, if it has one: see
+    `lens.vocabulary.clustered_transform`.
     """
     base = check_base(base)
     revision = settings.get("revision")
@@ -371,7 +374,9 @@ def build_model(
     else:
         facts["head"] = "vocabulary"
     tokenizer = load_tokenizer(base, revision)
-    if quantization is not None and clusters is None and not dense and architecture == "encoder":
+    with_transform = clusters is not None and architecture == "encoder" and facts.get("transform") == "mlm"
+    mlm = architecture == "encoder" and ((clusters is None and not dense) or with_transform)
+    if quantization is not None and mlm:
         raise ValueError("quantization contradicts the MLM head of an encoder, which would be quantised too")
     backbone, wrapper, missing = load_backbone(
         base,
@@ -379,11 +384,11 @@ def build_model(
         facts.get("bidirectional", True),
         dtype,
         attn_implementation,
-        with_head=clusters is None and not dense,
+        with_head=mlm or (clusters is None and not dense),
         device=device,
         quantization=quantization,
     )
-    if wrapper is not None:
+    if wrapper is not None and clusters is None:
         state, facts = read_vocabulary_head(wrapper, missing, facts)
         labels = torch.arange(facts["dimensions"], dtype=torch.int32)
     elif dense:
@@ -397,6 +402,9 @@ def build_model(
                 state["weight"] = whitened(centroids)
             except ValueError as error:
                 raise ValueError(f"{clusters}: {error}; whiten: false takes them as they are") from error
+        if wrapper is not None:
+            found, facts = clustered_transform(wrapper, missing, facts, labels, state["weight"])
+            state |= found
     backbone_vocabulary = backbone.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     limit = position_limit(backbone)
     bag = facts.get("query_encoder") == "bag"  # of which the backbone sees nothing

@@ -17,7 +17,7 @@ from lens.backbone import hidden_states
 from lens.config import TransformActivation
 from lens.head import ACTIVATIONS
 
-# Legend: L tokens, D hidden size, V vocabulary.
+# Legend: L tokens, D hidden size, V vocabulary, K clusters.
 
 SUPPORTED = "supported are those of bert, distilbert, roberta, xlm-roberta, modernbert and their like, and decoders"
 _NAMES: dict[str, TransformActivation] = {
@@ -74,6 +74,32 @@ def read_vocabulary_head(
         if facts.get(name, value) != value:
             raise ValueError(f"{name}={facts[name]!r} contradicts the MLM head of {kind}, which has {value!r}")
     return state, {**facts, **found, "bias": output.bias is not None}
+
+
+def clustered_transform(
+    wrapper: nn.Module, missing: list[str], facts: dict[str, Any], labels: Tensor, centroids: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The transform of a masked LM's head, with a bias (K,) for clusters: the mean of their tokens' biases.
+
+    Where the centroids (K, D) are the means of the head's rows, a cluster's logit is then the mean of its tokens'
+    logits; other centroids (whitened, or of unit length) get the transform alone. A checkpoint without an MLM head
+    (`missing` names its weights) gives nothing, and the transform begins at random.
+    """
+    state, found = read_vocabulary_head(wrapper, missing, {})
+    if found.get("transform") != "mlm":
+        return {}, facts
+    kept = {name: tensor for name, tensor in state.items() if name.startswith("transform.")}
+    facts = {**facts, **{name: found[name] for name in ("transform_activation", "transform_eps")}}
+    used = labels >= 0
+    if not found["bias"] or len(labels) != len(state["bias"]):
+        return kept, facts
+    groups, rows = labels[used].long(), state["weight"].cpu()[used]
+    sizes = torch.bincount(groups, minlength=len(centroids)).clamp(min=1)
+    means = torch.zeros_like(centroids).index_add_(0, groups, rows) / sizes[:, None]
+    if centroids.shape != means.shape or not torch.allclose(means, centroids, rtol=1e-3, atol=1e-4):
+        return kept, facts
+    bias = torch.zeros(len(centroids)).index_add_(0, groups, state["bias"].float().cpu()[used]) / sizes
+    return {**kept, "bias": bias}, {**facts, "bias": True}
 
 
 @torch.no_grad()

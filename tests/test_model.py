@@ -121,6 +121,44 @@ def test_vocabulary_head_of_bert_is_its_mlm_head(bert_mlm):
     np.testing.assert_allclose(model.encode_documents(["the quick fox jumps"])[0], expected, atol=1e-5)
 
 
+def mean_clusters(folder, rows, labels):
+    """A clusters folder whose centroids are the means of the rows (V, D) of each label; -1 belongs to none."""
+    folder.mkdir()
+    used = labels >= 0
+    sums = torch.zeros(int(labels.max()) + 1, rows.shape[1]).index_add_(0, labels[used].long(), rows[used])
+    centroids = sums / torch.bincount(labels[used].long())[:, None]
+    save_file({"centroids": centroids, "labels": labels}, folder / "clusters.safetensors")
+    return folder
+
+
+def test_clusters_of_an_mlm_head_have_the_mean_logits_of_their_tokens(bert_mlm, tmp_path):
+    reference = AutoModelForMaskedLM.from_pretrained(bert_mlm).eval()
+    with torch.no_grad():
+        reference.cls.predictions.bias.normal_()
+    reference.save_pretrained(shutil.copytree(bert_mlm, tmp_path / "base"))
+    rows = reference.get_output_embeddings().weight.detach()
+    labels = torch.arange(len(rows), dtype=torch.int32) % 24
+    labels[:5] = -1
+    clusters = mean_clusters(tmp_path / "clusters", rows, labels)
+    model = lens.LENS.build(tmp_path / "base", clusters, transform="mlm", positions="all", normalize=False)
+    assert model.config.bias
+    batch = model.tokenizer("the quick fox jumps", return_tensors="pt")
+    with torch.inference_mode():
+        logits = reference(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]
+    means = torch.stack([logits[:, labels == k].mean(1) for k in range(24)], 1)
+    expected = torch.log1p(torch.relu(means)).amax(0).numpy()
+    np.testing.assert_allclose(model.encode_documents(["the quick fox jumps"])[0], expected, atol=1e-5)
+
+
+def test_other_centroids_take_the_transform_of_an_mlm_head_alone(bert, bert_mlm, bert_clusters):
+    model = lens.LENS.build(bert_mlm, bert_clusters, transform="mlm")
+    reference = AutoModelForMaskedLM.from_pretrained(bert_mlm).cls.predictions.transform
+    torch.testing.assert_close(model.model.head.transform.dense.weight, reference.dense.weight)
+    torch.testing.assert_close(model.model.head.transform.norm.bias, reference.LayerNorm.bias)
+    assert not model.config.bias
+    assert not lens.LENS.build(bert, bert_clusters, transform="mlm").config.bias  # no head to take along
+
+
 def test_save_and_load_give_identical_embeddings(model, tmp_path):
     model.save(tmp_path / "model")
     assert not list(tmp_path.glob("model/*.bin"))
