@@ -28,7 +28,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from lens.backbone import architecture_of, check_base, check_finite, load_config, load_tokenizer, read_weights
+from lens.backbone import (
+    architecture_of,
+    check_base,
+    check_finite,
+    load_config,
+    load_tokenizer,
+    position_limit,
+    read_weights,
+)
 from lens.corpus import read_texts
 from lens.dense import Dense
 from lens.devices import resolve_device
@@ -96,13 +104,9 @@ class Writer:
             raise ValueError(f"the tokenizer of {base} has neither a padding nor an EOS token")
         self.prompt = settings.prompt or ("{text}" if self.seq2seq else PROMPT)
         around = len(self.tokenizer(self.prompt.replace("{text}", ""))["input_ids"])
-        room = settings.passage_length + around + (0 if self.seq2seq else settings.query_length)
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and room > limit:
-            raise ValueError(
-                f"passage_length, prompt and query_length take {room} tokens, and {base} has {limit} positions: lower "
-                "--passage-length"
-            )
+        if not self.seq2seq:
+            limit = getattr(config, "max_position_embeddings", None)
+            self._check_room("passage_length, prompt and query_length", around + settings.query_length, limit)
         kind: Any = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
         options = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
         model, report = read_weights(kind, base, options)
@@ -111,7 +115,19 @@ class Writer:
                 f"{base} lacks weights of a language model: {', '.join(sorted(report['missing_keys'])[:3])}"
             )
         check_finite(model, base)
+        if self.seq2seq:
+            self._check_room("passage_length and prompt", around, position_limit(model.get_encoder()))
+            limit = position_limit(model.get_decoder())
+            if limit is not None and settings.query_length >= limit:
+                raise ValueError(f"the decoder of {base} has {limit} positions: lower --query-length below it")
         self.model = model.to(self.device).eval()
+
+    def _check_room(self, what: str, beside: int, limit: int | None) -> None:
+        room = self.settings.passage_length + beside
+        if limit is not None and room > limit:
+            raise ValueError(
+                f"{what} take {room} tokens, and {self.settings.model} has {limit} positions: lower --passage-length"
+            )
 
     def tokens(self, passages: Sequence[str]) -> list[list[int]]:
         """What the model reads for each passage, which is cut so that prompt and special tokens stay whole."""

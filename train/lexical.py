@@ -168,7 +168,10 @@ def train(
         checkpoint = next(reversed(whole_checkpoints(output)), None)
         if checkpoint is not None:
             print(f"going on from {checkpoint}", flush=True)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            trainer.progress.close()  # so that an error's message begins a line
     if stopping.stopped:
         print(f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on from there")
         return False
@@ -195,7 +198,8 @@ class LexicalTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=arguments, train_dataset=batches)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(Path(arguments.output_dir)))
+        self.progress = Progress(Path(arguments.output_dir))
+        self.add_callback(self.progress)
         self.add_callback(stopping)
         self.parts: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -208,7 +212,7 @@ class LexicalTrainer(Trainer):
     ) -> Any:
         outputs = model(**inputs)
         for name, value in outputs.items():
-            if name != "loss" and value.dim() == 0:
+            if name != "loss" and isinstance(value, Tensor) and value.dim() == 0:
                 self.parts[name].append(value.detach())
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 

@@ -91,6 +91,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             tqdm.write(message)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar's line, if there is one; again does nothing."""
         if self.bar is not None:
             self.bar.close()
 
