@@ -47,10 +47,7 @@ def read_vocabulary_head(
     output = wrapper.get_output_embeddings()  # type: ignore[operator]
     state = {"weight": output.weight.detach().float().clone()}
     facts = {**facts, "dimensions": len(output.weight), "hidden_size": output.weight.shape[1]}
-    inside = set(wrapper.base_model.modules())  # type: ignore[union-attr]
-    own = {name: module for name, module in wrapper.named_modules() if module not in inside and module is not output}
-    dense = {n: m for n, m in own.items() if isinstance(m, nn.Linear)}
-    norms = {n: m for n, m in own.items() if isinstance(m, nn.LayerNorm)}
+    dense, norms = head_modules(wrapper)
     bias_missing = any(key.endswith("bias") for key in missing)
     if not dense or any(key.startswith(tuple(dense)) for key in missing):
         if output.bias is not None and not bias_missing:
@@ -100,6 +97,16 @@ def clustered_transform(
         return kept, facts
     bias = torch.zeros(len(centroids)).index_add_(0, groups, state["bias"].float().cpu()[used]) / sizes
     return {**kept, "bias": bias}, {**facts, "bias": True}
+
+
+def head_modules(wrapper: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, nn.LayerNorm]]:
+    """The linear layers and the LayerNorms of a language model that lie outside its backbone and its decoder, by
+    name."""
+    output = wrapper.get_output_embeddings()  # type: ignore[operator]
+    inside = set(wrapper.base_model.modules())  # type: ignore[union-attr]
+    own = {name: module for name, module in wrapper.named_modules() if module not in inside and module is not output}
+    dense = {name: module for name, module in own.items() if isinstance(module, nn.Linear)}
+    return dense, {name: module for name, module in own.items() if isinstance(module, nn.LayerNorm)}
 
 
 @torch.no_grad()
