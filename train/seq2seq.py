@@ -144,17 +144,27 @@ def _inner(name: str) -> bool:
 def _begin(decoder: nn.Module) -> None:
     """First values of what the base has no weights for.
 
-    Attention to the encoder's states begins as the layer's attention to the text itself. A head's square layer begins
-    as the identity: its GELU is nearly linear around a bias of 3, which the layer norm after it takes away again, so
-    that a state which resembles a word's embedding gives that word.
+    Attention to the encoder's states begins with the queries and keys of the layer's attention to the text itself, and
+    with the identity for its values and output: states of the first layers resemble their word's embedding, so that to
+    attend to a word is to be about to write it. A head's square layer begins as the identity: its GELU is nearly linear
+    around a bias of 3, which the layer norm after it takes away again.
     """
     weights = dict(decoder.named_parameters())
     for name in decoder.fresh_weights:
-        if CROSS in name:
-            weights[name].copy_(weights[name.replace(CROSS, OWN)])
-        elif name.endswith("dense.weight") and weights[name].shape[0] == weights[name].shape[1]:
-            nn.init.eye_(weights[name])
-            nn.init.constant_(weights[name.removesuffix("weight") + "bias"], 3.0)
+        weight = weights.get(name)
+        if weight is None or not name.endswith(".weight"):
+            continue
+        bias = weights.get(name.removesuffix("weight") + "bias")
+        passes = name.endswith((".value.weight", ".output.dense.weight"))
+        square = weight.dim() == 2 and weight.shape[0] == weight.shape[1]
+        if CROSS in name and not (passes and square):
+            weight.copy_(weights[name.replace(CROSS, OWN)])
+            if bias is not None:
+                bias.copy_(weights[name.replace(CROSS, OWN).removesuffix("weight") + "bias"])
+        elif square and (CROSS in name or name.endswith("dense.weight")):
+            nn.init.eye_(weight)
+            if bias is not None:
+                nn.init.constant_(bias, 0.0 if CROSS in name else 3.0)
 
 
 class Pairs:
