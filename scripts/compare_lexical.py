@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shlex
 import sys
 import time
@@ -42,25 +43,26 @@ ROWS = (
 )  # fmt: skip
 SPLADE = {
     "splade-v1-l1": "splade-v1.yaml --sparsity l1 --query_sparsity 1e-3 --passage_sparsity 1e-3",
-    "splade-v1-flops": "splade-v1.yaml --query_sparsity 1e-2 --passage_sparsity 1e-2",
-    "splade-max": "splade-max.yaml --query_sparsity 1e-2 --passage_sparsity 1e-2",
-    "splade-doc": "splade-doc.yaml --passage_sparsity 1e-2",
-    "splade-distil": "splade-distil.yaml --query_sparsity 1e-2 --passage_sparsity 1e-2",
-    "splade-clusters": "splade-max.yaml --query_sparsity 1e-2 --passage_sparsity 1e-2",
+    "splade-v1-flops": "splade-v1.yaml --query_sparsity 1e-3 --passage_sparsity 1e-3",
+    "splade-max": "splade-max.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
+    "splade-doc": "splade-doc.yaml --passage_sparsity 3e-3",
+    "splade-distil": "splade-distil.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
+    "splade-clusters": "splade-max.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
 }
-"""Recipe and regulariser of each SPLADE row. The published weights belong to batches of 128, a vocabulary head of
-another scale and 150,000 steps."""
+"""Recipe and regulariser of each SPLADE row. The published weights belong to batches of 128, 150,000 steps and a head
+that was pre-trained for weeks."""
 SPLADE_TRAINING = (
-    "--backbone top --top_layers 1 --cache_hidden false --batch_size 32 --precision fp32 --learning_rate 2e-4 "
+    "--backbone top --top_layers 1 --cache_hidden false --precision fp32 --learning_rate 6e-4 "
     "--head_learning_rate 1e-3 --workers 0"
 )
-SPARTERM_TRAINING = (
-    "--batch-size 32 --learning-rate 1e-4 --gate-bias -2 --temperature 50 --in-batch-negatives "
-    "--query-max-length 64 --document-max-length 256"
-)
+MLM_TRAINING = "--max-length 64 --kept-share 0.5 --learning-rate 3e-3"
+"""Half of the predicted tokens stand as they are, because a sentence encoder knows little about masked ones and SPLADE
+asks for the terms of whole texts."""
+GENERATOR_TRAINING = "--freeze-encoder --dropout 0 --learning-rate 1e-3"
+SPARTERM_TRAINING = "--learning-rate 1e-4 --gate-bias -2 --temperature 50 --in-batch-negatives"
 QUERIES = 5
 """Queries written for each passage."""
-LENGTHS = "--query_max_length 64 --document_max_length 256"
+QUERY_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Settings:
     text: Sequence[Path]
     rows: Sequence[str]
     steps: int
+    batch: int
+    length: int
     k: int
     limit: int | None
     seed: int
@@ -88,6 +92,8 @@ def plan(settings: Settings) -> list[Step]:
     folders = " ".join(shlex.quote(shown(folder)) for folder in s.folders)
     train, scored = f"{out}/mined/examples.jsonl", f"{out}/scored/examples.jsonl"
     common = f"--seed {s.seed} --max_steps {s.steps} --warmup_steps {max(1, s.steps // 10)} --save_steps {s.steps}"
+    common += f" --batch_size {s.batch}"
+    lengths = f"--query_max_length {QUERY_LENGTH} --document_max_length {s.length}"
     plain = common.replace("_", "-")
     steps: list[Step] = []
 
@@ -123,7 +129,8 @@ def plan(settings: Settings) -> list[Step]:
         add(
             "mlm",
             "An MLM head for the backbone",
-            f"train/mlm.py --base {base} --text {out}/data/pairs.jsonl {texts} --output {out}/mlm --seed {s.seed}",
+            f"train/mlm.py --base {base} --text {out}/data/pairs.jsonl {texts} --output {out}/mlm --seed {s.seed} "
+            f"{MLM_TRAINING} --max-steps {3 * s.steps // 2} --save-steps 100 --batch-size {s.batch}",
             s.output / "mlm",
             "data",
             state=[model_state, [files_state(path) for path in s.text]],
@@ -133,7 +140,7 @@ def plan(settings: Settings) -> list[Step]:
         add(
             "score",
             "The backbone's own cosine similarities, as a teacher",
-            f"train/score.py --model {base} --data {train} --output {scored} "
+            f"train/score.py --model {base} --data {train} --output {scored} --standardise "
             f"--embeddings {out}/scored/teacher.safetensors",
             s.output / "scored",
             "mine",
@@ -152,7 +159,7 @@ def plan(settings: Settings) -> list[Step]:
             "lens",
             "LENS",
             f"train/run.py {RECIPES}/lens-mini.yaml --base {base} --clusters {out}/clusters --data {scored} "
-            f"--teacher_embeddings {out}/scored/teacher.safetensors --output {out}/models/LENS {LENGTHS} {common}"
+            f"--teacher_embeddings {out}/scored/teacher.safetensors --output {out}/models/LENS {lengths} {common}"
             + white,
             s.output / "models/LENS",
             "score",
@@ -179,7 +186,7 @@ def plan(settings: Settings) -> list[Step]:
             row,
             f"Train {row}",
             f"train/run.py {RECIPES}/{SPLADE[row]} --base {out}/mlm --data {data} --output {out}/models/{row}{head} "
-            f"{SPLADE_TRAINING} {LENGTHS} {common} --sparsity_warmup_steps {max(1, s.steps // 2)}",
+            f"{SPLADE_TRAINING} {lengths} {common} --sparsity_warmup_steps {max(1, s.steps // 2)}",
             s.output / "models" / row,
             *after,
             state=recipe_state(recipe),
@@ -191,8 +198,7 @@ def plan(settings: Settings) -> list[Step]:
         add(
             "deepct",
             "Train DeepCT",
-            f"train/deepct.py --base {base} --data {train} --output {out}/models/deepct {plain} "
-            "--batch-size 32 --learning-rate 1e-4",
+            f"train/deepct.py --base {base} --data {train} --output {out}/models/deepct {plain} --learning-rate 1e-4",
             s.output / "models/deepct",
             "mine",
             state=model_state,
@@ -204,7 +210,8 @@ def plan(settings: Settings) -> list[Step]:
         add(
             "sparterm",
             "Train SparTerm",
-            f"train/sparterm.py --base {out}/mlm --data {train} --output {place} {plain} {SPARTERM_TRAINING}",
+            f"train/sparterm.py --base {out}/mlm --data {train} --output {place} {plain} {SPARTERM_TRAINING} "
+            + lengths.replace("_", "-"),
             s.output / "models/sparterm",
             "mine",
             "mlm",
@@ -214,7 +221,9 @@ def plan(settings: Settings) -> list[Step]:
         add(
             "generator",
             "Train a query generator for doc2query",
-            f"train/generator.py --base {base} --data {train} --output {out}/generator --seed {s.seed}",
+            f"train/generator.py --base {base} --data {train} --output {out}/generator --seed {s.seed} "
+            f"{GENERATOR_TRAINING} {generator_layers(s.model)}--max-steps {7 * s.steps // 2} --warmup-steps {max(1, s.steps // 5)} "
+            f"--save-steps 100 --batch-size {s.batch // 2}",
             s.output / "generator",
             "mine",
             state=model_state,
@@ -246,7 +255,7 @@ def plan(settings: Settings) -> list[Step]:
     add(
         "evaluate",
         "Evaluate all rows",
-        f"eval/run.py --beir {folders} --baselines {' '.join(baselines)} --against bm25 --dense-length 256 "
+        f"eval/run.py --beir {folders} --baselines {' '.join(baselines)} --against bm25 --dense-length {s.length} "
         + (f"--dense-model {base} " if "dense" in s.rows else "")
         + (f"--model {' '.join(models)} " if models else "")
         + (f"--lexical {' '.join(lexical)} --deepct-scale 1000 " if lexical else "")
@@ -267,6 +276,16 @@ def plan(settings: Settings) -> list[Step]:
     return steps
 
 
+def generator_layers(model: Path | str) -> str:
+    """Options of the generator: two thirds of an encoder's layers read, whose states still tell words apart, and two
+    write, which is as much as minutes can train."""
+    file = Path(model) / "config.json"
+    layers = json.loads(file.read_text(encoding="utf-8")).get("num_hidden_layers") if file.is_file() else None
+    if not isinstance(layers, int):
+        return ""
+    return f"--encoder-layers {max(1, 2 * layers // 3)} --decoder-layers {min(2, layers)} "
+
+
 def recipe_state(name: str) -> str:
     """A hash of a recipe's file."""
     return hashlib.sha256((ROOT / RECIPES / name).read_bytes()).hexdigest()
@@ -283,6 +302,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=ROOT / "runs" / "compare", metavar="DIR")
     add("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="NAME", help=", ".join(ROWS))
     add("--steps", type=int, default=200, help="optimizer steps of each trained row (200)")
+    add("--batch-size", type=int, default=32, help="queries of a step (32)")
+    add("--length", type=int, default=256, help="tokens that documents are cut to, by all rows with a model (256)")
     add("--k", type=int, help="clusters (4000, at most a quarter of the vocabulary)")
     add("--limit", type=int, help="training queries at most")
     add("--seed", type=int, default=42)
@@ -292,10 +313,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """The checked settings; raises StepError naming the option that does not fit."""
-    for name, least in (("steps", 2), ("limit", 1), ("k", 2)):
+    for name, least in (("steps", 2), ("batch_size", 2), ("length", QUERY_LENGTH), ("limit", 1), ("k", 2)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise StepError(f"--{name} must be at least {least}, found {value}")
+            raise StepError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
     for option in ("pairs", "text"):
         for path in getattr(options, option):
             if not path.exists():
@@ -320,6 +341,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         text=[path.resolve() for path in options.text],
         rows=options.rows,
         steps=options.steps,
+        batch=options.batch_size,
+        length=options.length,
         k=clusters_for(Path(model), options.k),
         limit=options.limit,
         seed=options.seed,
@@ -334,7 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = settings_of(options)
         check_output(settings.output)
         facts: dict[str, Any] = {
-            "rows": list(settings.rows), "steps": settings.steps, "k": settings.k, "seed": settings.seed,
+            "rows": list(settings.rows), "steps": settings.steps, "batch_size": settings.batch, "k": settings.k,
+            "length": settings.length, "seed": settings.seed,
             "backbone": Path(settings.model).parent.name if options.model is None else str(options.model),
             "pairs": [path.parent.name + "/" + path.name for path in settings.pairs] or [settings.folders[0].name],
         }  # fmt: skip

@@ -14,6 +14,8 @@ plot.svg and results.json. A second call runs only what is missing or changed.
 --model PATH   the backbone: an encoder's folder or hub name (default: MiniLM from the package index)
 --output DIR   where everything goes (default: runs/compare)
 --steps N      optimizer steps of each trained row (default: 200)
+--batch-size N queries of a step (default: 32)
+--length N     tokens that documents are cut to, by all rows with a model (default: 256)
 --limit N      training queries at most (default: all)
 --k N          clusters of LENS (default: 4000)
 --rows NAME    only these rows: tfidf doc2query deepct sparterm splade-v1-l1 splade-v1-flops splade-max splade-doc

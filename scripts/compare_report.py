@@ -227,8 +227,9 @@ def lines(content: Mapping[str, Any]) -> list[str]:
     total = sum(content["seconds"].values())
     found = [
         f"Trained on {data['queries']:,} queries with {data['passages']:,} passages ({', '.join(settings['pairs'])}), "
-        f"{settings['steps']} steps a row, backbone {settings['backbone']}, {machine['cores']} cores, "
-        f"GPU {machine['gpu'] or 'none'}; {total / 60:.0f} minutes in all. No row was trained on the data below.",
+        f"{settings['steps']} steps of {settings['batch_size']} queries a row, documents cut to {settings['length']} "
+        f"tokens, backbone {settings['backbone']}, {machine['cores']} cores, GPU {machine['gpu'] or 'none'}; "
+        f"{total / 60:.0f} minutes in all. No row was trained on the data below.",
         "",
     ]
     for name, facts in datasets.items():

@@ -186,7 +186,7 @@ def test_orderings_by_hand() -> None:
 def test_every_row_from_one_command(bert: Path, tmp_path: Path) -> None:
     data = folder(tmp_path / "my data", {"train": range(14), "test": range(14, 21)})
     command = [sys.executable, "scripts/compare_lexical.py", "--beir", str(data), "--model", str(bert), "--k", "24"]
-    command += ["--steps", "2", "--output", str(tmp_path / "out")]
+    command += ["--steps", "2", "--batch-size", "4", "--length", "64", "--output", str(tmp_path / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
