@@ -68,7 +68,7 @@ def encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
 def trained(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "mlm"
     steps = {"max_steps": 200, "save_steps": 100, "logging_steps": 20}
-    assert main(arguments(bert, texts, output, learning_rate=1e-2, **steps)) == 0
+    assert main(arguments(bert, texts, output, kept_share=0.1, learning_rate=1e-2, **steps)) == 0
     return output
 
 
@@ -185,8 +185,8 @@ def test_the_head_learns_and_the_encoder_stays(trained: Path, bert: Path, texts:
     log = [line for line in log_of(trained) if "loss" in line]
     counts = Windows([texts], encoder_tokenizer(), 32).frequencies(300)
     shares = counts[counts > 0] / counts.sum()
-    entropy = -float((shares * shares.log()).sum())  # no head that is blind to the context has a lower loss
-    assert log[-1]["loss"] < 0.9 * entropy, (log[-1], entropy)
+    entropy = -float((shares * shares.log()).sum())  # no head that does not look at the states has a lower loss
+    assert log[-1]["loss"] < entropy, (log[-1], entropy)
     assert log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["accuracy"] > log[0]["accuracy"]
     before = {
@@ -241,6 +241,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     first, second = load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    used = json.loads((whole / "run.json").read_text())
+    assert (used["kept_share"], used["learning_rate"]) == ((0.1, 5e-5) if flags else (0.5, 3e-3))
     losses = [[line["loss"] for line in log_of(output)][:6] for output in (whole, broken)]
     assert losses[0] == losses[1]
     before, after = encoder_weights(bert), encoder_weights(whole)
@@ -313,7 +315,7 @@ def test_a_new_head_begins_at_frequencies_and_the_least_squares(kind: str, texts
 def test_a_finished_run_is_left_alone_and_another_refused(
     trained: Path, bert: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = {"save_steps": 100, "logging_steps": 20, "learning_rate": 1e-2}
+    steps = {"save_steps": 100, "logging_steps": 20, "learning_rate": 1e-2, "kept_share": 0.1}
     assert main(arguments(bert, texts, trained, max_steps=200, **steps)) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main(arguments(bert, texts, trained, max_steps=201, **steps)) == 2

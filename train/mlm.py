@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--train-encoder", action="store_true", help="train the encoder too, not its head alone")
     add("--max-length", type=int, default=128, metavar="TOKENS", help="longer texts become several windows (128)")
     add("--mask-share", type=float, default=0.15, help="share of the tokens to predict (0.15)")
-    add("--kept-share", type=float, default=0.1, help="of the tokens to predict, those that stay as they are (0.1)")
+    add("--kept-share", type=float, help="of the tokens to predict, those that stay (0.5; 0.1 with --train-encoder)")
     add("--active-terms", type=int, default=200, help="positive dimensions of a text at the end, on average (200)")
     add_options(parser, batch_size=32, learning_rate=1e-3, epochs=1)
     parser.set_defaults(max_steps=None, epochs=None, learning_rate=None)
@@ -203,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.epochs is None:
         options.epochs, options.max_steps = 1.0, options.max_steps or STEPS
     if options.learning_rate is None:
-        options.learning_rate = 5e-5 if options.train_encoder else 1e-3
+        options.learning_rate = 5e-5 if options.train_encoder else 3e-3
+    if options.kept_share is None:
+        options.kept_share = 0.1 if options.train_encoder else 0.5
     try:
         return run(options)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
