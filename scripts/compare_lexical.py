@@ -55,9 +55,6 @@ SPLADE_TRAINING = (
     "--backbone top --top_layers 1 --cache_hidden false --precision fp32 --learning_rate 6e-4 "
     "--head_learning_rate 1e-3 --workers 0"
 )
-MLM_TRAINING = "--max-length 64 --kept-share 0.5 --learning-rate 3e-3"
-"""Half of the predicted tokens stand as they are, because a sentence encoder knows little about masked ones and SPLADE
-asks for the terms of whole texts."""
 GENERATOR_TRAINING = "--freeze-encoder --dropout 0 --learning-rate 1e-3"
 SPARTERM_TRAINING = "--learning-rate 1e-4 --gate-bias -2 --temperature 50 --in-batch-negatives"
 QUERIES = 5
@@ -130,7 +127,7 @@ def plan(settings: Settings) -> list[Step]:
             "mlm",
             "An MLM head for the backbone",
             f"train/mlm.py --base {base} --text {out}/data/pairs.jsonl {texts} --output {out}/mlm --seed {s.seed} "
-            f"{MLM_TRAINING} --max-steps {3 * s.steps // 2} --save-steps 100 --batch-size {s.batch}",
+            f"--max-length 64 --max-steps {3 * s.steps // 2} --save-steps 100 --batch-size {s.batch}",
             s.output / "mlm",
             "data",
             state=[model_state, [files_state(path) for path in s.text]],
@@ -222,7 +219,8 @@ def plan(settings: Settings) -> list[Step]:
             "generator",
             "Train a query generator for doc2query",
             f"train/generator.py --base {base} --data {train} --output {out}/generator --seed {s.seed} "
-            f"{GENERATOR_TRAINING} {generator_layers(s.model)}--max-steps {7 * s.steps // 2} --warmup-steps {max(1, s.steps // 5)} "
+            f"{GENERATOR_TRAINING} {generator_layers(s.model)}"
+            f"--max-steps {7 * s.steps // 2} --warmup-steps {max(1, s.steps // 5)} "
             f"--save-steps 100 --batch-size {s.batch // 2}",
             s.output / "generator",
             "mine",
@@ -235,7 +233,7 @@ def plan(settings: Settings) -> list[Step]:
                 f"doc2query-{folder.name}",
                 f"Write queries for {folder.name}'s documents",
                 f"train/generate.py --model {out}/generator --corpus {shlex.quote(shown(folder))} --output {place} "
-                f"--queries {QUERIES} --seed {s.seed}",
+                f"--queries {QUERIES} --seed {s.seed} --passage-length {s.length}",
                 s.output / "doc2query" / folder.name,
                 "generator",
                 state=files_state(folder),
