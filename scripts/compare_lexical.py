@@ -233,7 +233,7 @@ def plan(settings: Settings) -> list[Step]:
                 f"doc2query-{folder.name}",
                 f"Write queries for {folder.name}'s documents",
                 f"train/generate.py --model {out}/generator --corpus {shlex.quote(shown(folder))} --output {place} "
-                f"--queries {QUERIES} --seed {s.seed} --passage-length {s.length}",
+                f"--queries {QUERIES} --seed {s.seed} --passage-length {s.length} --query-length 24",
                 s.output / "doc2query" / folder.name,
                 "generator",
                 state=files_state(folder),

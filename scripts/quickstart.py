@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -60,7 +61,7 @@ class Step:
 
     def key(self, keys: dict[str, str]) -> str:
         """A hash of the command, its program's code, the state and the keys of the steps before it."""
-        code = [source_hash(ROOT / folder) for folder in (Path(self.command.split()[0]).parent, "lens")]
+        code = [program_hash(ROOT / self.command.split()[0]), source_hash(ROOT / "lens")]
         content = [self.command, code, self.state, [keys[name] for name in self.after]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -71,6 +72,20 @@ def source_hash(folder: Path) -> str:
     for file in sorted(folder.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def program_hash(program: Path) -> str:
+    """SHA-256 over a program's folder; of one in scripts/, which share little, over itself and those it imports."""
+    if program.parent.name != "scripts":
+        return source_hash(program.parent)
+    files, waiting = set(), [program]
+    while waiting:
+        file = waiting.pop()
+        if file not in files and file.is_file():
+            files.add(file)
+            names = re.findall(r"^(?:from|import) (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+            waiting += [file.with_name(f"{name}.py") for name in names]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 def shown(path: Path) -> str:
