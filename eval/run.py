@@ -34,8 +34,8 @@ from eval.scoring import (
     dense_system,
     evaluate,
     judged_queries,
-    latency,
     lens_system,
+    query_latency,
     tfidf_system,
 )
 from lens.corpus import Beir, read_beir
@@ -367,7 +367,7 @@ def run(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
                 keep_rankings=args.save_runs,
             )
             texts = [beir.queries[query] for query in evaluation.queries]
-            asked = {system.name: latency(system, texts[: args.latency_queries]) for system in built}
+            asked = {system.name: query_latency(system, texts[: args.latency_queries]) for system in built}
             comparisons = compare(evaluation.values, pairs(built, fusions, args.against), args.resamples, args.seed)
             results["datasets"][beir.name] = {
                 "queries": len(evaluation.queries),

@@ -42,8 +42,8 @@ class System:
     fixed scale (a cosine) and are fused as they are; others are divided by their maximum over the documents first.
     `facts` are what the system costs: seconds of encoding and indexing, dimensions, active_per_query,
     active_per_document, flops (multiplications per query and document on average) and index_mb, 2^20 bytes of the
-    documents' vectors or postings as they are held. `ask(text)` gives the scores (N,) for one query, its encoding
-    included, as a search server would; without it the system's latency is not measured.
+    documents' vectors or postings as they are held. `asking()` prepares a search and gives a function from one query's
+    text to its scores (N,), which encodes and searches as a server would; without it the latency is not measured.
     """
 
     name: str
@@ -51,7 +51,7 @@ class System:
     matching: bool = False
     bounded: bool = True
     facts: dict[str, float] = field(default_factory=dict)
-    ask: Callable[[str], Scores] | None = None
+    asking: Callable[[], Callable[[str], Scores]] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,37 +104,38 @@ def vector_system(
         "flops": float(_shares(queries) @ _shares(documents)),
         "index_mb": (csr_bytes(documents) if sparse.issparse(documents) else documents.nbytes) / 2**20,
     }
-    return System(name, score, matching=matching, facts=facts, ask=_asking(encode, documents) if encode else None)
+    asking = functools.partial(_asking, encode, documents) if encode else None
+    return System(name, score, matching=matching, facts=facts, asking=asking)
 
 
 def _asking(
     encode: Callable[[str], NDArray[np.float32] | sparse.csr_array], documents: NDArray[np.float32] | sparse.csr_array
 ) -> Callable[[str], Scores]:
-    """The scores (N,) of a query given as text. Sparse documents become inverted lists when the first is asked."""
-
-    @functools.cache
-    def lists() -> sparse.csr_array:
-        return sparse.csr_array(documents.T)  # (K, N)
+    """A function from a query's text to its scores (N,). Sparse documents are turned into inverted lists for it, a
+    second copy of them that is held as long as the function is."""
+    lists = sparse.csr_array(documents.T) if sparse.issparse(documents) else None  # (K, N)
 
     def ask(text: str) -> Scores:
         query = encode(text)
-        if sparse.issparse(documents):
-            return (sparse.csr_array(query) @ lists()).toarray()[0]
+        if lists is not None:
+            return (sparse.csr_array(query) @ lists).toarray()[0]
         return documents @ (query.toarray() if sparse.issparse(query) else query)[0]
 
     return ask
 
 
-def latency(system: System, texts: Sequence[str], k: int = 10) -> dict[str, float] | None:
-    """Milliseconds from a query's text to its k best documents, one query at a time: median and 95th percentile over
-    `texts`, the first of which is asked once more beforehand. None for a system that cannot be asked one query."""
-    if system.ask is None or not texts:
+def query_latency(system: System, texts: Sequence[str], k: int = 10) -> dict[str, float] | None:
+    """Milliseconds from a query's text to its k best documents, encoding included, one query at a time: median and 95th
+    percentile over `texts`, the first of which is asked once more beforehand. `eval.pruning.latency` leaves encoding
+    out. None for a system that cannot be asked one query."""
+    if system.asking is None or not texts:
         return None
-    rank(system.ask(texts[0]), k, system.matching)
+    ask = system.asking()
+    rank(ask(texts[0]), k, system.matching)
     taken = []
     for text in texts:
         start = time.perf_counter()
-        rank(system.ask(text), k, system.matching)
+        rank(ask(text), k, system.matching)
         taken.append(1000 * (time.perf_counter() - start))
     return {"median": float(np.median(taken)), "p95": float(np.percentile(taken, 95))}
 
@@ -213,7 +214,7 @@ def bm25_system(name: str, beir: Beir, **options: Any) -> System:
         matching=True,
         bounded=False,
         facts=facts,
-        ask=lambda text: index.score([text])[0],
+        asking=lambda: lambda text: index.score([text])[0],
     )
 
 

@@ -5,8 +5,8 @@
 
 Pairs are rows with `query` and `positive` (a text), or `pos` (one text or several). Of a folder in BEIR layout the
 judgements above 0 of a split are pairs. Writes `pairs.jsonl` in the bge format, one row a query, and `data.json` with
-the counts. A query worded like one that an excluded folder judges is left out, and so is, of pairs, a passage worded
-like one of its documents.
+the counts. Texts are compared by their words alone: a query worded like one that an excluded folder judges is left out,
+and so is, of pairs, a passage that is one of its documents or, from 8 words on, a part of one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from quickstart_data import wording
 
-from lens.corpus import read_beir
+from lens.corpus import read_beir, stream_texts
 from lens.files import atomic_folder, check_output, read_jsonl, write_json
 from lens.program import interruptible
+
+GRAM = 8  # words
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
@@ -47,8 +49,26 @@ def judged_pairs(folder: Path, split: str) -> Iterator[tuple[str, str]]:
                 yield beir.queries[query], beir.corpus[document]
 
 
+def known(passages: Iterable[str], folders: Sequence[Path]) -> set[str]:
+    """The wordings among `passages` that are a document of the folders or, from GRAM words on, stand in one."""
+    begins: dict[tuple[str, ...], set[str]] = {}  # first words of a passage -> passages
+    for text in map(wording, passages):
+        begins.setdefault(tuple(text.split()[:GRAM]), set()).add(text)
+    found: set[str] = set()
+    for folder in folders:
+        for _, _, text in stream_texts(folder):
+            words = wording(text).split()
+            whole = f" {' '.join(words)} "
+            found |= {part for part in begins.get(tuple(words[:GRAM]), ()) if whole == f" {part} "}
+            for place in range(len(words) - GRAM + 1):
+                for part in begins.get(tuple(words[place : place + GRAM]), ()):
+                    if f" {part} " in whole:
+                        found.add(part)
+    return found
+
+
 def examples(
-    pairs: Iterator[tuple[str, str]], queries: set[str], passages: set[str], limit: int | None, seed: int
+    pairs: Iterable[tuple[str, str]], queries: set[str], passages: set[str], limit: int | None, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows of the bge format in an order drawn by `seed`, at most `limit`, and counts. `queries` and `passages` are the
     wordings that are left out."""
@@ -86,16 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit must be at least 1, found {options.limit}")
         check_output(options.output, False, "data.json")
         queries: set[str] = set()
-        passages: set[str] = set()
         for folder in options.exclude:
             beir = read_beir(folder)
             queries |= {wording(beir.queries[query]) for query in beir.qrels}
-            passages |= {wording(text) for text in beir.corpus.values()} if options.pairs else set()
-        found = (
-            (pair for path in options.pairs for pair in read_pairs(path))
-            if options.pairs
-            else judged_pairs(options.beir, options.split)
-        )
+        passages: set[str] = set()
+        if options.pairs:
+            found = [pair for path in options.pairs for pair in read_pairs(path)]
+            passages = known((passage for _, passage in found), options.exclude)
+        else:
+            found = list(judged_pairs(options.beir, options.split))
         rows, counts = examples(found, queries, passages, options.limit, options.seed)
         if not rows:
             raise ValueError(f"no pair is left for training: {json.dumps(counts)}")

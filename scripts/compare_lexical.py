@@ -21,20 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quickstart import (
-    ROOT,
-    Step,
-    StepError,
-    check_output,
-    clusters_for,
-    duration,
-    files_state,
-    mini_backbone,
-    run_steps,
-    shown,
-    whitens,
-    write_json,
-)
+from quickstart import clusters_for, mini_backbone, whitens
+from steps import ROOT, Step, StepError, check_output, duration, files_state, run_steps, shown, write_json
 
 RECIPES = Path("train/recipes")
 ROWS = (
@@ -57,6 +45,8 @@ SPLADE_TRAINING = (
 )
 GENERATOR_TRAINING = "--freeze-encoder --dropout 0 --learning-rate 1e-3"
 SPARTERM_TRAINING = "--learning-rate 1e-4 --gate-bias -2 --temperature 50 --in-batch-negatives"
+DEEPCT_SCALE = 1000
+"""Of DeepCT's frequencies: with one or two queries a passage its recalls are small, and the paper's 100 leaves few."""
 QUERIES = 5
 """Queries written for each passage."""
 QUERY_LENGTH = 64
@@ -79,6 +69,16 @@ class Settings:
     limit: int | None
     seed: int
 
+    @property
+    def mlm_steps(self) -> int:
+        """Steps of the MLM head, which all SPLADE and SparTerm rows share."""
+        return 3 * self.steps // 2
+
+    @property
+    def generator_steps(self) -> int:
+        """Steps of the query generator, of half a batch each: it alone learns to write from nothing."""
+        return 7 * self.steps // 2
+
 
 def plan(settings: Settings) -> list[Step]:
     """The steps in order, without those that only rows need which were not asked for."""
@@ -88,8 +88,8 @@ def plan(settings: Settings) -> list[Step]:
     model_state = files_state(s.model) if isinstance(s.model, Path) else s.model
     folders = " ".join(shlex.quote(shown(folder)) for folder in s.folders)
     train, scored = f"{out}/mined/examples.jsonl", f"{out}/scored/examples.jsonl"
-    common = f"--seed {s.seed} --max_steps {s.steps} --warmup_steps {max(1, s.steps // 10)} --save_steps {s.steps}"
-    common += f" --batch_size {s.batch}"
+    common = f"--seed {s.seed} --max_steps {s.steps} --warmup_steps {max(1, s.steps // 10)} --batch_size {s.batch}"
+    common += f" --save_steps {max(1, s.steps // 4)}"
     lengths = f"--query_max_length {QUERY_LENGTH} --document_max_length {s.length}"
     plain = common.replace("_", "-")
     steps: list[Step] = []
@@ -127,7 +127,7 @@ def plan(settings: Settings) -> list[Step]:
             "mlm",
             "An MLM head for the backbone",
             f"train/mlm.py --base {base} --text {out}/data/pairs.jsonl {texts} --output {out}/mlm --seed {s.seed} "
-            f"--max-length 64 --max-steps {3 * s.steps // 2} --save-steps 100 --batch-size {s.batch}",
+            f"--max-length 64 --max-steps {s.mlm_steps} --save-steps 100 --batch-size {s.batch}",
             s.output / "mlm",
             "data",
             state=[model_state, [files_state(path) for path in s.text]],
@@ -138,7 +138,7 @@ def plan(settings: Settings) -> list[Step]:
             "score",
             "The backbone's own cosine similarities, as a teacher",
             f"train/score.py --model {base} --data {train} --output {scored} --standardise "
-            f"--embeddings {out}/scored/teacher.safetensors",
+            f"--max-length {s.length} --embeddings {out}/scored/teacher.safetensors",
             s.output / "scored",
             "mine",
             state=model_state,
@@ -220,7 +220,7 @@ def plan(settings: Settings) -> list[Step]:
             "Train a query generator for doc2query",
             f"train/generator.py --base {base} --data {train} --output {out}/generator --seed {s.seed} "
             f"{GENERATOR_TRAINING} {generator_layers(s.model)}"
-            f"--max-steps {7 * s.steps // 2} --warmup-steps {max(1, s.steps // 5)} "
+            f"--passage-length {s.length} --max-steps {s.generator_steps} --warmup-steps {max(1, s.steps // 5)} "
             f"--save-steps 100 --batch-size {s.batch // 2}",
             s.output / "generator",
             "mine",
@@ -232,16 +232,17 @@ def plan(settings: Settings) -> list[Step]:
             add(
                 f"doc2query-{folder.name}",
                 f"Write queries for {folder.name}'s documents",
-                f"train/generate.py --model {out}/generator --corpus {shlex.quote(shown(folder))} --output {place} "
-                f"--queries {QUERIES} --seed {s.seed} --passage-length {s.length} --query-length 24",
+                f"train/generate.py --model {out}/generator --corpus {shlex.quote(shown(folder))} --output "
+                f"{place}/written --queries {QUERIES} --seed {s.seed} --passage-length {s.length} --query-length 24",
                 s.output / "doc2query" / folder.name,
                 "generator",
                 state=files_state(folder),
+                go=True,
             )
             add(
                 f"evaluate-doc2query-{folder.name}",
                 f"BM25 over {folder.name} with its queries",
-                f"eval/run.py --beir {place}/expanded --baselines bm25 --output {out}/eval-doc2query/"
+                f"eval/run.py --beir {place}/written/expanded --baselines bm25 --output {out}/eval-doc2query/"
                 f"{shlex.quote(folder.name)}",
                 s.output / "eval-doc2query" / folder.name,
                 f"doc2query-{folder.name}",
@@ -256,11 +257,11 @@ def plan(settings: Settings) -> list[Step]:
         f"eval/run.py --beir {folders} --baselines {' '.join(baselines)} --against bm25 --dense-length {s.length} "
         + (f"--dense-model {base} " if "dense" in s.rows else "")
         + (f"--model {' '.join(models)} " if models else "")
-        + (f"--lexical {' '.join(lexical)} --deepct-scale 1000 " if lexical else "")
+        + (f"--lexical {' '.join(lexical)} --deepct-scale {DEEPCT_SCALE} " if lexical else "")
         + f"--output {out}/eval",
         s.output / "eval",
         *trained,
-        state=[files_state(folder) for folder in s.folders],
+        state=[model_state, [files_state(folder) for folder in s.folders]],
     )
     written = [f"evaluate-doc2query-{folder.name}" for folder in s.folders] if "doc2query" in s.rows else []
     add(
@@ -270,8 +271,23 @@ def plan(settings: Settings) -> list[Step]:
         s.output / "report.md",
         "evaluate",
         *written,
+        state=facts_of(s),
     )
     return steps
+
+
+def facts_of(s: Settings) -> dict[str, Any]:
+    """What the report says of the settings, without the places of files."""
+    own = [s.folders[0].name] if not s.pairs else []
+    model = s.model
+    backbone = (model.parent if model.name == "model" else model).name if isinstance(model, Path) else model
+    return {
+        "rows": list(s.rows), "steps": s.steps, "batch_size": s.batch, "length": s.length, "k": s.k, "seed": s.seed,
+        "limit": s.limit, "mlm_steps": s.mlm_steps, "generator_steps": s.generator_steps, "queries": QUERIES,
+        "deepct_scale": DEEPCT_SCALE, "backbone": backbone,
+        "pairs": [f"{path.parent.name}/{path.name}" for path in s.pairs], "trained_on_folder": own,
+        "text": [f"{path.parent.name}/{path.name}" for path in s.text],
+    }  # fmt: skip
 
 
 def generator_layers(model: Path | str) -> str:
@@ -327,10 +343,18 @@ def settings_of(options: argparse.Namespace) -> Settings:
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise StepError(f"two --beir folders are named {repeated!r}: rename one, results are kept by name")
+    for path in (path.resolve() for path in options.text):
+        inside = next((folder for folder in folders if path == folder or folder in path.parents), None)
+        if inside is not None:
+            raise StepError(f"--text {path} belongs to {inside.name}, on which the rows are evaluated: leave it out")
     if not options.pairs and not (folders[0] / "qrels" / "train.tsv").is_file():
         raise StepError(f"{folders[0]} has no qrels/train.tsv to train on: give --pairs")
     local = options.model is None or Path(options.model).is_dir()
     model = mini_backbone() if options.model is None else Path(options.model).resolve() if local else options.model
+    config = Path(model) / "config.json"
+    limit = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings") if config.is_file() else None
+    if isinstance(limit, int) and options.length > limit - 2:
+        raise StepError(f"--length {options.length} leaves no room for special tokens in {limit} positions of {model}")
     return Settings(
         output=options.output.resolve(),
         model=model,
@@ -353,16 +377,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         settings = settings_of(options)
-        check_output(settings.output)
-        facts: dict[str, Any] = {
-            "rows": list(settings.rows), "steps": settings.steps, "batch_size": settings.batch, "k": settings.k,
-            "length": settings.length, "seed": settings.seed,
-            "backbone": Path(settings.model).parent.name if options.model is None else str(options.model),
-            "pairs": [path.parent.name + "/" + path.name for path in settings.pairs] or [settings.folders[0].name],
-        }  # fmt: skip
-        write_json(settings.output / ".steps" / "settings.json", facts)
+        check_output(settings.output, "the comparison")
+        steps = plan(settings)
+        write_json(
+            settings.output / ".steps" / "settings.json", {**facts_of(settings), "plan": [x.name for x in steps]}
+        )
         print(f"Comparison -> {shown(settings.output)}\n")
-        run_steps(plan(settings), settings.output, isinstance(settings.model, Path), options.restart)
+        run_steps(steps, settings.output, isinstance(settings.model, Path), options.restart)
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

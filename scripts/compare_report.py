@@ -27,7 +27,6 @@ from lens.files import atomic_file, read_json, require, write_json
 from lens.program import interruptible
 
 MAIN = MEASURES[0]
-SHOWN = (MAIN, "R@100")
 LABELS = {
     "bm25": "BM25",
     "tfidf": "TF-IDF",
@@ -81,14 +80,15 @@ def per_query(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 def gather(output: Path) -> dict[str, Any]:
     """The content of results.json; raises OSError or ValueError for an output that is not complete."""
     results = read_json(output / "eval" / "results.json")
-    seconds = {path.stem: read_json(path)["seconds"] for path in sorted((output / ".steps").glob("*.json"))
-               if path.stem not in ("settings", "setup") and not path.stem.endswith(".begun")}  # fmt: skip
+    settings = read_json(output / ".steps" / "settings.json")
+    stamps = {name: output / ".steps" / f"{name}.json" for name in settings["plan"]}
+    seconds = {name: read_json(path)["seconds"] for name, path in stamps.items() if path.is_file()}
     datasets = {}
     for name, data in results["datasets"].items():
         systems = dict(data["systems"])
         values = per_query(output / "eval" / "per_query" / f"{name}.tsv")
         other = output / "eval-doc2query" / name
-        if other.is_dir():
+        if "doc2query" in settings["rows"]:
             systems["doc2query"] = read_json(other / "results.json")["datasets"]["expanded"]["systems"]["bm25"]
             values["doc2query"] = per_query(other / "per_query" / "expanded.tsv")["bm25"]
         datasets[name] = {
@@ -98,7 +98,7 @@ def gather(output: Path) -> dict[str, Any]:
             "orderings": tested(values, [(one, two) for one, two, _ in ORDERINGS]),
         }
     return {
-        "settings": read_json(output / ".steps" / "settings.json"),
+        "settings": settings,
         "data": read_json(output / "data" / "data.json"),
         "seconds": seconds,
         "datasets": datasets,
@@ -129,7 +129,7 @@ def table(data: Mapping[str, Any], seconds: Mapping[str, float]) -> list[str]:
         "", MAIN, "Δ to BM25", "p (Holm)", "R@100", "FLOPS", "active, query", "active, document", "index MB",
         "ms a query", "training s",
     ]  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    rows = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for name, facts in data["systems"].items():
         row = against.get(name)
         cells = [
@@ -145,8 +145,8 @@ def table(data: Mapping[str, Any], seconds: Mapping[str, float]) -> list[str]:
             number(facts["milliseconds"]["median"], 1),
             number(seconds.get(STEPS.get(name, name)), 0),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -158,8 +158,8 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 def orderings(datasets: Mapping[str, Any]) -> list[str]:
     """A row for each of the papers' orderings, a column for each data set."""
-    lines = ["| the papers' ordering | " + " | ".join(datasets) + " | source |"]
-    lines.append("| --- |" + " --- |" * (len(datasets) + 1))
+    shown = ["| the papers' ordering | " + " | ".join(datasets) + " | source |"]
+    shown.append("| --- |" + " --- |" * (len(datasets) + 1))
     found = {name: {(row["system"], row["other"]): row for row in data["orderings"]} for name, data in datasets.items()}
     for one, two, source in ORDERINGS:
         if not all((one, two) in rows for rows in found.values()):
@@ -168,8 +168,8 @@ def orderings(datasets: Mapping[str, Any]) -> list[str]:
         for rows in found.values():
             row = rows[one, two]
             cells.append(f"{verdict(row)} ({row['difference']:+.3f}, p {p_value(row['p_holm'])})")
-        lines.append(f"| {LABELS[one]} > {LABELS[two]} | " + " | ".join(cells) + f" | {source} |")
-    return lines
+        shown.append(f"| {LABELS[one]} > {LABELS[two]} | " + " | ".join(cells) + f" | {source} |")
+    return shown
 
 
 def summary(datasets: Mapping[str, Any]) -> str:
@@ -218,20 +218,53 @@ def plot(datasets: Mapping[str, Any]) -> str:
     return buffer.getvalue()
 
 
+def made(content: Mapping[str, Any]) -> list[str]:
+    """How the rows came about, in sentences."""
+    settings, data, machine = content["settings"], content["data"], content["machine"]
+    rows = set(settings["rows"])
+    source = ", ".join(settings["pairs"]) or f"qrels/train.tsv of {settings['trained_on_folder'][0]}"
+    found = [
+        f"Training: {data['queries']:,} queries with {data['passages']:,} passages ({source}), backbone "
+        f"{settings['backbone']}, {settings['steps']} steps of {settings['batch_size']} examples where nothing else is "
+        "said. LENS and the SPLADE rows train the last layer and the head, DeepCT and SparTerm all layers; BM25, "
+        "TF-IDF and the dense backbone are as they come, and the latter is LENS's teacher.",
+    ]
+    if "mlm" in settings["plan"]:
+        text = f" and {', '.join(settings['text'])}" if settings["text"] else ""
+        found.append(
+            f"SPLADE and SparTerm begin from an MLM head that the frozen backbone was given in {settings['mlm_steps']} "
+            f"steps on the pairs{text}."
+        )
+    if "doc2query" in rows:
+        found.append(
+            f"doc2query's generator, an encoder-decoder made of the backbone, learnt in {settings['generator_steps']} "
+            f"steps of half a batch and wrote {settings['queries']} queries a document."
+        )
+    if "deepct" in rows:
+        found.append(f"DeepCT's frequencies are scaled by {settings['deepct_scale']:,}.")
+    found.append(
+        f"BM25, TF-IDF, doc2query's index and DeepCT read whole documents, all others the first {settings['length']} "
+        "tokens."
+    )
+    if settings["trained_on_folder"]:
+        found.append(
+            f"The documents of {settings['trained_on_folder'][0]} were seen in training, its test queries were not."
+        )
+    else:
+        found.append("No row was trained on the data below.")
+    found.append(
+        f"{machine['cores']} cores, GPU {machine['gpu'] or 'none'}; "
+        f"{sum(content['seconds'].values()) / 60:.0f} minutes in all."
+    )
+    return found
+
+
 def lines(content: Mapping[str, Any]) -> list[str]:
     """The report in markdown."""
-    settings, data, datasets = content["settings"], content["data"], content["datasets"]
+    datasets = content["datasets"]
     own = {STEPS.get(name, name) for name in LABELS}
     shared = {name: value for name, value in content["seconds"].items() if name not in own}
-    machine = content["machine"]
-    total = sum(content["seconds"].values())
-    found = [
-        f"Trained on {data['queries']:,} queries with {data['passages']:,} passages ({', '.join(settings['pairs'])}), "
-        f"{settings['steps']} steps of {settings['batch_size']} queries a row, documents cut to {settings['length']} "
-        f"tokens, backbone {settings['backbone']}, {machine['cores']} cores, GPU {machine['gpu'] or 'none'}; "
-        f"{total / 60:.0f} minutes in all. No row was trained on the data below.",
-        "",
-    ]
+    found = [" ".join(made(content)), ""]
     for name, facts in datasets.items():
         found += [
             f"**{name}**: {facts['queries']:,} queries, {facts['documents']:,} documents.",
@@ -240,15 +273,16 @@ def lines(content: Mapping[str, Any]) -> list[str]:
             "",
         ]
     found += [
-        "FLOPS are expected multiplications per query and document; ms from one query's text to its ten best "
-        "documents, encoding included; the seconds of training are those of the row's own step. Shared steps: "
+        "FLOPS are expected multiplications per query and document. Milliseconds go from one query's text to its ten "
+        "best documents, encoding included, by exact search and with the threads that torch and BLAS take. Training "
+        "seconds are those of the row's own step; the other steps: "
         + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in shared.items())
         + ".",
         "",
         *orderings(datasets),
         "",
         "`held` and `reversed`: the paired randomisation test tells the difference from chance (p < .05, "
-        "Holm-corrected over the orderings).",
+        "Holm-corrected over the orderings of a data set).",
         "",
         summary(datasets),
     ]

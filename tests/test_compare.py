@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import compare_data
 import compare_lexical
 import compare_report
-from quickstart import StepError
+from steps import StepError
 
 
 def folder(path: Path, splits: dict[str, range]) -> Path:
@@ -59,6 +59,26 @@ def test_pairs_of_the_evaluation_are_left_out(tmp_path: Path) -> None:
     )
     counts = json.loads((tmp_path / "out" / "data.json").read_text())
     assert counts == {"pairs": 6, "queries_left_out": 1, "passages_left_out": 1, "queries": 2, "passages": 3}
+
+
+def test_parts_of_documents_are_left_out_and_titles_do_not_hide_them(tmp_path: Path) -> None:
+    asked = folder(tmp_path / "asked", {"test": range(3)})
+    body = "It was built in nineteen hundred and four, by the sea. Nobody lives there now."
+    with (asked / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": "titled", "title": "The house", "text": body}) + "\n")
+        file.write(json.dumps({"_id": "short", "text": "Two words"}) + "\n")
+    passages = {
+        body: False,
+        "it was built in nineteen-hundred and four by the sea": False,  # its first sentence
+        "The house. " + body: False,
+        "two words!": False,
+        "Nobody lives there now": True,  # a part, but of four words
+        "it was built in nineteen hundred and four by the sea near the town": True,
+        "was built in nineteen hundred and four by the seaside": True,
+    }
+    assert compare_data.known(passages, [asked]) == {
+        compare_data.wording(text) for text, stays in passages.items() if not stays
+    }
 
 
 def test_a_folder_trains_on_its_train_split(tmp_path: Path) -> None:
@@ -182,6 +202,79 @@ def test_orderings_by_hand() -> None:
         compare_report.tested(values, [("DeepCT", "bm25")])
 
 
+def finished(output: Path, rows: tuple[str, ...]) -> Path:
+    """A comparison's output as its steps leave it, with figures that tell every cell apart."""
+    queries = [f"q{i}" for i in range(8)]
+    facts = {"R@100": 0.9, "RR@10": 0.1, "flops": 1.25, "active_per_query": 3.4, "active_per_document": 56.6,
+             "index_mb": 7.75, "milliseconds": {"median": 8.5, "p95": 99.0}, "dimensions": 10}  # fmt: skip
+
+    def evaluation(place: Path, dataset: str, values: dict[str, list[float]]) -> None:
+        (place / "per_query").mkdir(parents=True)
+        lines = ["query-id\tsystem\tnDCG@10\tRR@10\tR@100"]
+        lines += [
+            f"{q}\t{name}\t{v}\t0.1\t0.9" for name, row in values.items() for q, v in zip(queries, row, strict=True)
+        ]
+        (place / "per_query" / f"{dataset}.tsv").write_text("\n".join(lines) + "\n")
+        systems = {name: {"nDCG@10": sum(row) / 8, **facts} for name, row in values.items()}
+        content = {
+            "datasets": {dataset: {"queries": 8, "documents": 21, "systems": systems}},
+            "machine": {"cores": 2, "gpu": None},
+            "versions": {"python": "3"},
+        }
+        (place / "results.json").write_text(json.dumps(content))
+
+    evaluation(output / "eval", "data", {"LENS": [0.75] * 8, "bm25": [0.25] * 8})
+    evaluation(output / "eval-doc2query" / "data", "expanded", {"bm25": [0.0, 1.0] * 4})
+    (output / "data").mkdir()
+    (output / "data" / "data.json").write_text(json.dumps({"queries": 1234, "passages": 567}))
+    settings = {"rows": rows, "steps": 5, "batch_size": 4, "length": 64, "mlm_steps": 7, "generator_steps": 17,
+                "queries": 5, "deepct_scale": 1000, "backbone": "tiny", "pairs": ["a/pairs.jsonl"], "text": [],
+                "trained_on_folder": [], "plan": ["data", *rows, "generator"]}  # fmt: skip
+    (output / ".steps").mkdir()
+    (output / ".steps" / "settings.json").write_text(json.dumps(settings))
+    for name, seconds in {"data": 2, "lens": 61, "generator": 31, "splade-max": 1000}.items():
+        (output / ".steps" / f"{name}.json").write_text(json.dumps({"key": "k", "seconds": seconds}))
+    return output
+
+
+def test_the_table_cell_by_cell(tmp_path: Path) -> None:
+    content = compare_report.gather(finished(tmp_path, ("lens", "doc2query")))
+    rows = compare_report.table(content["datasets"]["data"], content["seconds"])
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (rows[0], *rows[2:])]
+    assert cells[0] == [
+        "", "nDCG@10", "Δ to BM25", "p (Holm)", "R@100", "FLOPS", "active, query", "active, document", "index MB",
+        "ms a query", "training s",
+    ]  # fmt: skip
+    costs = ["0.900", "1.25", "3", "57", "7.8", "8.5"]
+    assert cells[1] == ["BM25", "0.250", "–", "–", *costs, "–"]
+    doc2query, lens = cells[2:]
+    assert doc2query == ["doc2query", "0.500", "+0.250", doc2query[3], *costs, "31"]
+    assert lens == ["LENS", "0.750", "+0.500", lens[3], *costs, "61"]
+    assert float(lens[3]) == pytest.approx(2 * 2 / 2**8, abs=0.004)  # Holm's factor, two of 256 sign flips as extreme
+    assert float(doc2query[3]) > 0.2  # half of its differences are +.75, the others -.25
+    assert content["seconds"] == {"data": 2, "lens": 61, "generator": 31}
+    text = "\n".join(compare_report.lines(content))
+    assert "1,234 queries with 567 passages (a/pairs.jsonl)" in text
+    assert "No row was trained on the data below." in text
+    assert "the other steps: data 2 s." in text
+
+
+def test_rows_of_an_earlier_call_are_left_out(tmp_path: Path) -> None:
+    content = compare_report.gather(finished(tmp_path, ("lens",)))
+    assert list(content["datasets"]["data"]["systems"]) == ["bm25", "LENS"]
+    assert "doc2query" not in "\n".join(compare_report.lines({**content, "seconds": {"lens": 61}})).replace(
+        "doc2query's index", ""
+    )
+
+
+def test_text_of_the_evaluation_and_lengths_beyond_the_backbone(bert: Path, tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", {"train": range(3), "test": range(3, 6)})
+    with pytest.raises(StepError, match="belongs to data, on which the rows are evaluated"):
+        settings(tmp_path, "--text", str(data / "corpus.jsonl"))
+    with pytest.raises(StepError, match="--length 127 leaves no room for special tokens in 128 positions"):
+        settings(tmp_path, "--model", str(bert), "--length", "127")
+
+
 @pytest.mark.slow
 def test_every_row_from_one_command(bert: Path, tmp_path: Path) -> None:
     data = folder(tmp_path / "my data", {"train": range(14), "test": range(14, 21)})
@@ -202,8 +295,9 @@ def test_every_row_from_one_command(bert: Path, tmp_path: Path) -> None:
     report = (tmp_path / "out" / "report.md").read_text()
     assert all(label in report for label in compare_report.LABELS.values())
     assert "<svg" in (tmp_path / "out" / "plot.svg").read_text()
+    steps = tmp_path / "out" / ".steps"
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("unchanged since it ran") == len(
-        list((tmp_path / "out" / ".steps").glob("*.json"))
-    ) - 1 - len(list((tmp_path / "out" / ".steps").glob("*.begun.json")))
+        json.loads((steps / "settings.json").read_text())["plan"]
+    )

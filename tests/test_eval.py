@@ -25,8 +25,8 @@ from eval.scoring import (
     evaluate,
     fuse,
     judged_queries,
-    latency,
     lens_system,
+    query_latency,
     rank,
     tfidf_system,
     vector_system,
@@ -36,6 +36,7 @@ from lens.deepct import DeepCT
 from lens.dense import Dense
 from lens.files import require
 from lens.search.bm25 import BM25
+from lens.sparterm import SparTerm
 from lens.text import token_batches
 
 for module in ("bm25s", "Stemmer", "ir_measures", "matplotlib"):
@@ -366,20 +367,24 @@ def test_costs_of_bm25_by_hand() -> None:
 def test_one_query_asked_alone_has_the_scores_it_has_among_others(beir: Beir, bert: Path) -> None:
     deepct = DeepCT.build(bert, device="cpu", max_length=64)
     model = lens.LENS.build(bert, device="cpu")
+    bags = lens.LENS.build(bert, device="cpu", query_encoder="bag", positions="all", normalize=False)
     built = [
         bm25_system("bm25", beir),
         tfidf_system("tfidf", beir),
         dense_system("dense", Dense(bert, "cpu"), beir),
         lens_system("LENS", model, beir),
+        lens_system("bags", bags, beir),
+        lexical_system("SparTerm", SparTerm.build(bert, device="cpu"), beir),
         lexical_system("DeepCT", deepct, beir),
     ]
     texts = [beir.queries[query] for query in judged_queries(beir)]
     for system in built:
         expected = system.score(slice(0, len(texts)))
-        assert system.ask is not None
+        assert system.asking is not None
+        ask = system.asking()
         for text, row in zip(texts, expected, strict=True):
-            np.testing.assert_allclose(system.ask(text), row, rtol=1e-5, atol=1e-5)
-        timed = latency(system, texts)
+            np.testing.assert_allclose(ask(text), row, rtol=1e-5, atol=1e-5)
+        timed = query_latency(system, texts)
         assert timed is not None
         assert 0 < timed["median"] <= timed["p95"]
-    assert latency(System("fused", lambda rows: np.zeros((1, 1), np.float32)), texts) is None
+    assert query_latency(System("fused", lambda rows: np.zeros((1, 1), np.float32)), texts) is None

@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -290,6 +291,7 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "quickstart", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(sys.modules["steps"], "ROOT", tmp_path)
     names = [*(f"{name}/run.py" for name in ("clustering", "train", "eval")), "train/mine.py", "train/score.py"]
     for name in [*names, "scripts/quickstart_data.py", "scripts/quickstart_answers.py"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -368,6 +370,57 @@ def test_a_killed_training_goes_on_unless_its_inputs_changed(
     assert not kept.exists()
 
 
+def test_seconds_of_a_step_are_those_of_all_its_attempts(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = tmp_path / "out" / ".steps" / "train.begun.json"
+    monkeypatch.setenv("FAIL", "train")
+    assert start(quickstart, tmp_path) == 1
+    entry = json.loads(begun.read_text())
+    assert entry["seconds"] > 0
+    begun.write_text(json.dumps({**entry, "seconds": 1000.0}))
+    monkeypatch.delenv("FAIL")
+    assert start(quickstart, tmp_path) == 0
+    assert 1000 < json.loads((tmp_path / "out" / ".steps" / "train.json").read_text())["seconds"] < 1100
+    assert not begun.exists()
+    assert start(quickstart, tmp_path, "--restart") == 0
+    assert json.loads((tmp_path / "out" / ".steps" / "train.json").read_text())["seconds"] < 100
+
+
+def test_the_output_of_another_program_is_left_alone(
+    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = sys.modules["steps"]
+    assert start(quickstart, tmp_path) == 0
+    with pytest.raises(steps.StepError, match="is not empty and was made by the quick start: choose another --output"):
+        steps.check_output(tmp_path / "out", "the comparison")
+    steps.check_output(tmp_path / "out", "the quick start")
+
+
+def test_sigterm_ends_the_running_step(tmp_path: Path) -> None:
+    """The step's program gets SIGTERM and time to end by itself."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "slow.py").write_text(
+        "import signal, sys, time\nfrom pathlib import Path\n"
+        "def leave(*_):\n    Path('left').touch()\n    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, leave)\nPath('started').touch()\ntime.sleep(60)\n"
+    )
+    driver = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport steps; from pathlib import Path\n"
+        "steps.ROOT = root = Path(sys.argv[2])\n"
+        "steps.run_steps([steps.Step('slow', 'Slow', 'scripts/slow.py', root / 'x')], root / 'out', True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", driver, str(ROOT / "scripts"), str(tmp_path)])
+    for _ in range(300):
+        if (tmp_path / "started").exists():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(40) == 143
+    assert (tmp_path / "left").exists()
+    assert not (tmp_path / "out" / ".steps" / "slow.json").exists()
+
+
 def test_report_is_one_escaped_page(quickstart: ModuleType, tmp_path: Path) -> None:
     assert start(quickstart, tmp_path) == 0
     page = (tmp_path / "out" / "report.html").read_text()
@@ -396,7 +449,7 @@ def test_bad_arguments_and_outputs(quickstart: ModuleType, tmp_path: Path, capsy
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert start(quickstart, tmp_path) == 1
-    assert "was not made by this program" in capsys.readouterr().err
+    assert "was not made by the quick start" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
     assert start(quickstart, tmp_path, "--data", str(tmp_path / "nowhere")) == 1
     assert "is not a folder" in capsys.readouterr().err
