@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the section from the stored figures, no more")
     options = parser.parse_args()
     arguments.check(parser, options, RESULTS)
+    if options.page and options.note:
+        parser.error("--page takes the stored note: leave --note out")
     if not options.page:
         if options.comparison is None or not (options.comparison / "results.json").is_file():
             parser.error("give --comparison, a folder with results.json, or --page")
