@@ -57,12 +57,7 @@ class LensModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: LexicalHead, config: LensConfig) -> None:
         super().__init__()
-        width = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        if width != config.hidden_size:
-            raise ValueError(
-                f"the head is {config.hidden_size} wide but the backbone {config.base} has hidden size {width}: "
-                "take clusters that were made from this backbone"
-            )
+        check_width(config.hidden_size, backbone, config.base)
         self.backbone = backbone
         self.head = head
         self.config = config
@@ -186,6 +181,16 @@ class LensModel(nn.Module):
                 if include_backbone
                 else "a quantised backbone cannot be saved: load the model without quantization and save that"
             )
+
+
+def check_width(width: int, backbone: nn.Module, base: str) -> None:
+    """Raises ValueError unless a head of this width fits the states of the backbone, which came from `base`."""
+    wanted = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    if width != wanted:
+        raise ValueError(
+            f"the head is {width} wide but the backbone {base} has hidden size {wanted}: take clusters that were made "
+            "from this backbone"
+        )
 
 
 def sentence_files(config: LensConfig) -> dict[str, Any]:
@@ -377,7 +382,8 @@ def build_model(
     with_transform = clusters is not None and architecture == "encoder" and facts.get("transform") == "mlm"
     mlm = architecture == "encoder" and ((clusters is None and not dense) or with_transform)
     if quantization is not None and mlm:
-        raise ValueError("quantization contradicts the MLM head of an encoder, which would be quantised too")
+        also = "; transform='mlm' reads it where the base has one: take another transform" if with_transform else ""
+        raise ValueError(f"quantization contradicts the MLM head of an encoder, which would be quantised too{also}")
     backbone, wrapper, missing = load_backbone(
         base,
         revision,
@@ -396,8 +402,9 @@ def build_model(
         facts |= {"dimensions": width, "hidden_size": width}
         state, labels = {}, torch.full((backbone.get_input_embeddings().weight.shape[0],), -1, dtype=torch.int32)  # type: ignore[operator]
     else:
+        check_width(centroids.shape[1], backbone, base)
         state = {"weight": centroids}
-        if whiten and centroids.shape[1] == backbone.config.hidden_size:  # type: ignore[union-attr]
+        if whiten:
             try:
                 state["weight"] = whitened(centroids)
             except ValueError as error:

@@ -41,8 +41,8 @@ def read_vocabulary_head(
     """The LM head of a loaded language model as LexicalHead weights, and `facts` (LensConfig fields) that go with it.
 
     Decoders give their LM head. Encoders give the MLM decoder with bias and transform where the checkpoint has them,
-    and their word embeddings where it has not (`missing` names absent weights). Raises ValueError for MLM heads of
-    another form.
+    and their word embeddings where it has not (`missing` names absent weights). Of `facts`, `bias` says whether the
+    head has one. Raises ValueError for MLM heads of another form and for facts that contradict the head.
     """
     output = wrapper.get_output_embeddings()  # type: ignore[operator]
     state = {"weight": output.weight.detach().float().clone()}
@@ -50,7 +50,7 @@ def read_vocabulary_head(
     dense, norms = head_modules(wrapper)
     bias_missing = any(key.endswith("bias") for key in missing)
     if not dense or any(key.startswith(tuple(dense)) for key in missing):
-        if output.bias is not None and not bias_missing:
+        if output.bias is not None and not bias_missing and facts.get("bias", True):
             return {**state, "bias": output.bias.detach()}, {**facts, "bias": True}
         return state, facts
     kind = wrapper.config.model_type  # type: ignore[union-attr]
@@ -70,7 +70,10 @@ def read_vocabulary_head(
     for name, value in found.items():
         if facts.get(name, value) != value:
             raise ValueError(f"{name}={facts[name]!r} contradicts the MLM head of {kind}, which has {value!r}")
-    return state, {**facts, **found, "bias": output.bias is not None}
+    facts = {"bias": output.bias is not None, **facts, **found}
+    if not facts["bias"]:
+        state.pop("bias", None)
+    return state, facts
 
 
 def clustered_transform(
@@ -79,21 +82,24 @@ def clustered_transform(
     """The transform of a masked LM's head, with a bias (K,) for clusters: the mean of their tokens' biases.
 
     Where the centroids (K, D) are the means of the head's rows, a cluster's logit is then the mean of its tokens'
-    logits; other centroids (whitened, or of unit length) get the transform alone. A checkpoint without an MLM head
-    (`missing` names its weights) gives nothing, and the transform begins at random.
+    logits; other centroids (whitened, or of unit length) get the transform alone, and so do all where `facts` say
+    `bias` false. A checkpoint without an MLM head (`missing` names its weights) gives nothing, and the transform
+    begins at random. Raises ValueError as `read_vocabulary_head`, with which `facts` must agree.
     """
-    state, found = read_vocabulary_head(wrapper, missing, {})
+    own = {name: facts[name] for name in ("transform_activation", "transform_eps") if name in facts}
+    state, found = read_vocabulary_head(wrapper, missing, own)
     if found.get("transform") != "mlm":
         return {}, facts
     kept = {name: tensor for name, tensor in state.items() if name.startswith("transform.")}
     facts = {**facts, **{name: found[name] for name in ("transform_activation", "transform_eps")}}
-    used = labels >= 0
-    if not found["bias"] or len(labels) != len(state["bias"]):
+    if not found["bias"] or not facts.get("bias", True) or len(labels) != len(state["bias"]):
         return kept, facts
+    used = labels >= 0
     groups, rows = labels[used].long(), state["weight"].cpu()[used]
     sizes = torch.bincount(groups, minlength=len(centroids)).clamp(min=1)
     means = torch.zeros_like(centroids).index_add_(0, groups, rows) / sizes[:, None]
-    if centroids.shape != means.shape or not torch.allclose(means, centroids, rtol=1e-3, atol=1e-4):
+    tolerance = _TOLERANCE.get(wrapper.get_output_embeddings().weight.dtype, _HALF_TOLERANCE)  # type: ignore[operator]
+    if not float((means - centroids).norm()) <= tolerance * float(centroids.norm()):
         return kept, facts
     bias = torch.zeros(len(centroids)).index_add_(0, groups, state["bias"].float().cpu()[used]) / sizes
     return {**kept, "bias": bias}, {**facts, "bias": True}

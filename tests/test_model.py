@@ -131,7 +131,9 @@ def mean_clusters(folder, rows, labels):
     return folder
 
 
-def test_clusters_of_an_mlm_head_have_the_mean_logits_of_their_tokens(bert_mlm, tmp_path):
+@pytest.fixture
+def biased(bert_mlm, tmp_path):
+    """A masked LM with a bias that is not zero, its folder, and one of clusters whose centroids are mean rows."""
     reference = AutoModelForMaskedLM.from_pretrained(bert_mlm).eval()
     with torch.no_grad():
         reference.cls.predictions.bias.normal_()
@@ -139,8 +141,12 @@ def test_clusters_of_an_mlm_head_have_the_mean_logits_of_their_tokens(bert_mlm, 
     rows = reference.get_output_embeddings().weight.detach()
     labels = torch.arange(len(rows), dtype=torch.int32) % 24
     labels[:5] = -1
-    clusters = mean_clusters(tmp_path / "clusters", rows, labels)
-    model = lens.LENS.build(tmp_path / "base", clusters, transform="mlm", positions="all", normalize=False)
+    return reference, tmp_path / "base", mean_clusters(tmp_path / "clusters", rows, labels), labels
+
+
+def test_clusters_of_an_mlm_head_have_the_mean_logits_of_their_tokens(biased):
+    reference, base, clusters, labels = biased
+    model = lens.LENS.build(base, clusters, transform="mlm", positions="all", normalize=False)
     assert model.config.bias
     batch = model.tokenizer("the quick fox jumps", return_tensors="pt")
     with torch.inference_mode():
@@ -148,6 +154,37 @@ def test_clusters_of_an_mlm_head_have_the_mean_logits_of_their_tokens(bert_mlm, 
     means = torch.stack([logits[:, labels == k].mean(1) for k in range(24)], 1)
     expected = torch.log1p(torch.relu(means)).amax(0).numpy()
     np.testing.assert_allclose(model.encode_documents(["the quick fox jumps"])[0], expected, atol=1e-5)
+
+
+def test_the_bias_of_clusters_survives_half_precision_and_goes_where_it_is_refused(biased):
+    reference, base, clusters, labels = biased
+    bias = reference.cls.predictions.bias.detach()
+    expected = torch.stack([bias[labels == k].mean() for k in range(24)])
+    model = lens.LENS.build(base, clusters, transform="mlm", dtype="bfloat16")
+    assert model.config.bias
+    torch.testing.assert_close(model.model.head.bias.detach().float(), expected, atol=0.02, rtol=0.02)
+    without = lens.LENS.build(base, clusters, transform="mlm", bias=False)
+    assert (without.config.bias, without.model.head.bias) == (False, None)
+    torch.testing.assert_close(
+        without.model.head.transform.dense.weight, reference.cls.predictions.transform.dense.weight
+    )
+    vocabulary = lens.LENS.build(base, bias=False)
+    assert (vocabulary.config.bias, vocabulary.model.head.bias, vocabulary.config.transform) == (False, None, "mlm")
+    tensors = load_file(clusters / "clusters.safetensors")
+    tensors["centroids"] *= 1.2  # not the means, however coarse the numbers
+    save_file(tensors, clusters / "clusters.safetensors")
+    assert not lens.LENS.build(base, clusters, transform="mlm", dtype="bfloat16").config.bias
+
+
+@pytest.mark.parametrize("fields", [{"transform": "mlm"}, {}, {"whiten": True}])
+def test_clusters_of_another_width_are_refused(bert_mlm, bert_clusters, tmp_path, fields):
+    clusters = shutil.copytree(bert_clusters, tmp_path / "clusters")
+    tensors = load_file(clusters / "clusters.safetensors")
+    wide = torch.cat([tensors["centroids"], tensors["centroids"]], 1)
+    save_file({**tensors, "centroids": wide}, clusters / "clusters.safetensors")
+    message = rf"the head is {wide.shape[1]} wide but the backbone .* has hidden size {wide.shape[1] // 2}: take clust"
+    with pytest.raises(ValueError, match=message):
+        lens.LENS.build(bert_mlm, clusters, **fields)
 
 
 def test_other_centroids_take_the_transform_of_an_mlm_head_alone(bert, bert_mlm, bert_clusters):

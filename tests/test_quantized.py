@@ -223,12 +223,14 @@ def test_what_is_trained_over_four_bits_is_float32(wide):
     assert {parameter.dtype for parameter in norms} == {torch.float32}
 
 
-def test_what_cannot_be_quantised_is_refused(wide, bert_mlm, tmp_path, monkeypatch):
+def test_what_cannot_be_quantised_is_refused(wide, bert_mlm, bert_clusters, tmp_path, monkeypatch):
     folder, clusters = wide
     with pytest.raises(ValueError, match="quantization must be one of 4bit, 8bit or None; found '2bit'"):
         lens.LENS.build(folder, clusters, device="cpu", quantization="2bit")
     with pytest.raises(ValueError, match="quantization contradicts the MLM head of an encoder"):
         lens.LENS.build(bert_mlm, device="cpu", quantization="4bit")
+    with pytest.raises(ValueError, match="where the base has one: take another transform"):
+        lens.LENS.build(bert_mlm, bert_clusters, device="cpu", quantization="4bit", transform="mlm")
     run = tmp_path / "run"
     (run / "embedding").mkdir(parents=True)
     torch.save(torch.nn.Linear(64, 20, bias=False), run / "embedding" / "lm_head.pth")

@@ -151,7 +151,7 @@ def test_a_head_that_computes_something_else_is_refused(layouts, monkeypatch):
         lens.load(layouts["plain"])
 
 
-def test_fields_that_contradict_each_other_are_refused(bert_mlm):
+def test_fields_that_contradict_each_other_are_refused(bert_mlm, bert_clusters):
     for fields, message in (
         ({"activation": "log1p_twice", "pooling": "sum"}, "activation='log1p_twice' contradicts pooling='sum'"),
         ({"activation": "log2p"}, "activation must be one of log1p, log1p_twice; found 'log2p'"),
@@ -163,5 +163,8 @@ def test_fields_that_contradict_each_other_are_refused(bert_mlm):
     ):
         with pytest.raises(ValueError, match=message):
             lens.LENS.build(bert_mlm, **fields)
+        if fields.keys() & {"transform_eps", "transform_activation"}:
+            with pytest.raises(ValueError, match=message):
+                lens.LENS.build(bert_mlm, bert_clusters, transform="mlm", **fields)
     with pytest.raises(ValueError, match="transform_eps must be a number from above 0 to below 1; found 0"):
         lens.load(bert_mlm).config.replace(transform_eps=0)
