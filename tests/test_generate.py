@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, decoder_tokenizer, encoder_tokenizer, write_rows
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -221,6 +222,30 @@ def test_a_killed_run_goes_on_byte_for_byte(
     other = tmp_path / "other"
     assert main(command(t5, beir, other, seed=43)) == 0
     assert contents(other)["examples.jsonl"] != contents(whole)["examples.jsonl"]
+
+
+@pytest.mark.parametrize("which", ["model", "scorer"])
+def test_shards_of_a_model_that_was_trained_anew_are_refused(
+    which: str, t5: Path, untaught: Path, reranker: Path, beir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model, scorer = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (t5, reranker))
+    again = command(model, beir, tmp_path / "out", "--cross-encoder", str(scorer), "--keep-share", "0.5")
+
+    def dies(self: Writer, texts: list[str], seed: int) -> list[list[str]]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "__call__", dies)
+    assert main(again) == 130
+    assert main(again) == 130  # the same models are taken up
+    if which == "model":
+        shutil.copyfile(untaught / "model.safetensors", model / "model.safetensors")
+    else:
+        tensors = load_file(scorer / "model.safetensors")
+        tensors["classifier.weight"] += 1
+        save_file(tensors, scorer / "model.safetensors", {"format": "pt"})
+    assert main(again) == 2
+    assert f"holds shards of other settings ({which}_files): remove it" in capsys.readouterr().err
 
 
 def test_a_run_killed_while_it_wrote_its_settings_is_begun_again(t5: Path, beir: Path, tmp_path: Path) -> None:

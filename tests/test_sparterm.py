@@ -297,6 +297,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(bert_mlm: Path, examples: Path
     assert np.array_equal(second, SparTerm.load(whole, "cpu").encode_documents(["quick fox"], output="numpy"))
 
 
+def test_a_run_whose_clusters_were_made_anew_is_refused(
+    bert: Path, bert_clusters: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clusters = Path(shutil.copytree(bert_clusters, tmp_path / "clusters"))
+    command = arguments(bert, examples, tmp_path / "out", clusters=clusters, max_steps=1)
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    tensors = load_file(clusters / "clusters.safetensors")
+    tensors["centroids"] += 1
+    save_file(tensors, clusters / "clusters.safetensors")
+    assert main(command) == 2
+    assert "a run with other options (files)" in capsys.readouterr().err
+
+
 def test_literal_mode_leaves_the_gate_alone(bert_mlm: Path, examples: Path, tmp_path: Path) -> None:
     output = tmp_path / "literal"
     assert main(arguments(bert_mlm, examples, output, mode="literal", precision="bf16")) == 0

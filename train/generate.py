@@ -27,6 +27,7 @@ from lens.files import atomic_folder, check_output, read_json, read_jsonl, write
 from lens.program import interruptible
 from lens.text import check_texts
 from train.doc2query import Settings, read_shard, write_shards
+from train.identity import model_files
 from train.locks import alone
 
 MANIFEST_FILE, EXAMPLES_FILE, EXPANDED_FOLDER = "manifest.json", "examples.jsonl", "expanded"
@@ -204,7 +205,8 @@ def run(options: argparse.Namespace) -> dict[str, int]:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     work = output.absolute().with_name(f"{output.name}.shards")
     with alone(work):
-        begin(work, {**asdict(settings), "corpus_sha256": digest})
+        models = {"model_files": model_files(settings.model), "scorer_files": model_files(settings.scorer or "")}
+        begin(work, {**asdict(settings), **models, "corpus_sha256": digest})
         count = math.ceil(len(ids) / settings.shard_size)
         write_shards(settings, str(source), work, count, devices)
         shards = [row for shard in range(count) for row in read_shard(work, shard)]
@@ -215,7 +217,8 @@ def run(options: argparse.Namespace) -> dict[str, int]:
 
 
 def begin(work: Path, wanted: dict[str, Any]) -> None:
-    """Makes the folder of shards, or takes up that of a run of the same settings; raises ValueError for another's."""
+    """Makes the folder of shards, or takes up that of a run of the same settings and models; raises ValueError for
+    another's."""
     for torn in work.glob(".settings.json.*"):  # a run killed while it wrote them
         torn.unlink()
     if work.is_dir() and any(work.iterdir()):

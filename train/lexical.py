@@ -7,7 +7,6 @@ artifact is moved in at the end, its configuration last. The same command goes o
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import shutil
@@ -26,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from lens.devices import resolve_device
 from lens.files import check_output, read_json, write_json
 from train.checkpoints import COMPLETE_FILE, mark_whole, whole_checkpoints
+from train.identity import digest, model_files
 from train.locks import alone
 from train.progress import Progress, Stopping
 from train.sampler import Schedule
@@ -99,11 +99,12 @@ def begun(options: argparse.Namespace, files: Sequence[str | os.PathLike[str]], 
     """Holds the lock of a run's folder; yields whether the run is finished, by its file `marker`.
 
     Raises FileExistsError when the folder holds something else or another run writes to it, and ValueError when its
-    run had other options or other `files`.
+    run had other options, other `files` or another model at `--base`.
     """
     output = Path(options.output)
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
-    settings["files"] = {os.fspath(file): _digest(Path(file)) for file in files}
+    settings["files"] = {os.fspath(file): digest(Path(file)) for file in files}
+    settings["base_files"] = model_files(options.base)
     if (output / RUN_FILE).is_file():
         before = read_json(output / RUN_FILE)
         changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
@@ -120,14 +121,6 @@ def begun(options: argparse.Namespace, files: Sequence[str | os.PathLike[str]], 
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / RUN_FILE, settings)
         yield (output / marker).is_file()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def train(

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import functools
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -44,6 +42,7 @@ from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
 from train.config import Recipe
 from train.data import Batches, TeacherEmbeddings
 from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
+from train.identity import digest
 from train.overrides import load_recipe, parse_overrides
 from train.parallel import check_stage, collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping, ending_workers
@@ -246,7 +245,7 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
     if recipe.clusters is not None:
         files.append(str(Path(recipe.clusters) / CLUSTERS_FILE))
     files += [str(path) for path in sorted(Path(recipe.base).expanduser().glob("*.safetensors"))]
-    return {name: _digest(Path(name)) for name in files}
+    return {name: digest(Path(name)) for name in files}
 
 
 def _changed_files(before: dict[str, str], now: dict[str, str], shown: int = 5) -> str:
@@ -262,21 +261,6 @@ def _changed_files(before: dict[str, str], now: dict[str, str], shown: int = 5) 
             more = f" and {len(names) - shown} more" if len(names) > shown else ""
             said.append(f"files that {verb} since: {' '.join(names[:shown])}{more}")
     return ", ".join(said)
-
-
-def _digest(path: Path) -> str:
-    stat = path.stat()
-    return _digest_of(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.cache  # a resumed run asks three times
-def _digest_of(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        if size <= 1 << 30:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        first = file.read(1 << 20)
-        file.seek(-(1 << 20), os.SEEK_END)
-        return hashlib.sha256(repr(size).encode() + first + file.read()).hexdigest()
 
 
 def training_arguments(recipe: Recipe, world_size: int) -> TrainingArguments:

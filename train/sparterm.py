@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import set_seed
 
+from lens.model import CLUSTERS_FILE, read_clusters
 from lens.program import interruptible
 from lens.sparterm import CONFIG_FILE, MODES, SparTerm, SparTermConfig, SparTermModel
 from train.data import Example, choose
@@ -164,7 +165,11 @@ def run(options: argparse.Namespace) -> int:
         for passage in example.pos:
             if example.query not in asked.setdefault(passage, []):
                 asked[passage].append(example.query)
-    with begun(options, [Path(file) for file in options.data], CONFIG_FILE) as finished:
+    files = [Path(file) for file in options.data]
+    if options.clusters is not None:
+        read_clusters(Path(options.clusters))
+        files.append(Path(options.clusters) / CLUSTERS_FILE)
+    with begun(options, files, CONFIG_FILE) as finished:
         if finished:
             print(f"{options.output} holds the finished model of these options; nothing to do")
             return 0
