@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, encoder_tokenizer, row, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from splade_helpers import masked_lm
 from test_eval_program import write_beir
 from train_helpers import log_of
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel
 
 import lens
-from train.mlm import RIDGE, MaskedLM, build, main
+from train.mlm import GAINS, RIDGE, MaskedLM, build, main
 from train.windows import Windows, mask, plain, stream
 
 KINDS = ("bert", "distilbert", "roberta", "modernbert", "modernbert-biased")
@@ -103,6 +103,7 @@ def test_windows_hold_every_token_of_every_text_once(tmp_path: Path) -> None:
         expected += [[2, *ids[at : at + 10], 3] for at in range(0, len(ids), 10)]
     assert [windows[i].tolist() for i in range(len(windows))] == expected
     counts = Counter(i for window in expected for i in window if i > 4)
+    assert not windows.ends.flags.owndata  # held once, as it was read
     wanted = torch.tensor([float(counts[i]) for i in range(300)])
     assert torch.equal(windows.frequencies(300), wanted)
 
@@ -271,6 +272,69 @@ def test_a_decoder_that_was_never_trained_is_tied(texts: Path, tmp_path: Path) -
     assert torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
 
 
+NAMES = {
+    "bias": "cls.predictions.bias",
+    "dense.bias": "cls.predictions.transform.dense.bias",
+    "dense.weight": "cls.predictions.transform.dense.weight",
+    "norm.bias": "cls.predictions.transform.LayerNorm.bias",
+    "norm.weight": "cls.predictions.transform.LayerNorm.weight",
+}
+
+
+@pytest.mark.parametrize("lost", [["bias"], ["dense.weight", "dense.bias"], ["norm.weight"], ["norm.bias"]])
+def test_only_what_is_missing_of_a_head_begins_anew(lost: list[str], texts: Path, tmp_path: Path) -> None:
+    wrapper, tokenizer = masked_lm("bert")
+    wrapper.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = {NAMES[name] for name in lost}
+    save_file({k: v for k, v in tensors.items() if k not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
+    options = argparse.Namespace(base=str(tmp_path), device="cpu", active_terms=5, max_length=32, train_encoder=False)
+    model, tokenizer, new = build(options)
+    assert new == set(lost)
+    windows = Windows([texts], tokenizer, 32)
+    counts = windows.frequencies(len(model.bias))
+    model.begin(new, counts, [mask(windows, list(range(64)), tokenizer, 0.3, 0.1, 0)])
+    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, value in found.items():
+        assert torch.equal(value, tensors[NAMES[name]]) == (name not in lost), name
+    if lost == ["bias"]:
+        torch.testing.assert_close(found["bias"], ((counts + 1) / (counts + 1).sum()).log())
+    if lost == ["norm.weight"]:
+        assert any(float(found["norm.weight"][0]) == pytest.approx(gain) for gain in GAINS)
+        assert bool((found["norm.weight"] == found["norm.weight"][0]).all())
+
+
+def test_a_new_head_is_set_with_the_logits_of_few_tokens_at_a_time(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(headless("bert", tmp_path))
+    options = argparse.Namespace(base=base, device="cpu", active_terms=5, max_length=32, train_encoder=False)
+    model, tokenizer, new = build(options)
+    windows = Windows([texts], tokenizer, 32)
+    batch = mask(windows, list(range(len(windows))), tokenizer, 0.3, 0.1, 0)
+    monkeypatch.setattr("train.mlm.CHUNK", 16)
+    logits, sizes = model.logits, []
+
+    def counted(states: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(states))
+        return logits(states)
+
+    monkeypatch.setattr(model, "logits", counted)
+    model.begin(new, windows.frequencies(len(model.bias)), [batch])
+    chosen = float(model.norm.weight.detach()[0])
+    with torch.no_grad():
+        states, labels = model.targets(batch)
+        held_out = len(labels) // 10
+        assert max(sizes) == 16
+        assert sum(sizes) == held_out * len(GAINS) > 16 * len(GAINS)
+        losses = {}
+        for value in GAINS:  # in one piece
+            model.norm.weight.fill_(value)
+            losses[value] = float(torch.nn.functional.cross_entropy(logits(states[:held_out]), labels[:held_out]))
+    assert chosen == pytest.approx(min(losses, key=lambda value: losses[value]))
+
+
 def test_half_precision_and_whole_passes(bert: Path, texts: Path, tmp_path: Path) -> None:
     command = arguments(bert, texts, tmp_path / "out", precision="bf16", epochs=1)
     at = command.index("--max-steps")
@@ -284,12 +348,12 @@ def test_half_precision_and_whole_passes(bert: Path, texts: Path, tmp_path: Path
 def test_a_new_head_begins_at_frequencies_and_the_least_squares(kind: str, texts: Path, tmp_path: Path) -> None:
     base = str(headless(kind, tmp_path))
     options = argparse.Namespace(base=base, device="cpu", active_terms=5, max_length=32, train_encoder=False)
-    model, tokenizer, fresh = build(options)
-    assert fresh
+    model, tokenizer, new = build(options)
+    assert new == {name for name, _ in model.named_parameters()}
     windows = Windows([texts], tokenizer, 32)
     counts = windows.frequencies(len(model.bias))
     batches = [mask(windows, list(range(at, at + 16)), tokenizer, 0.3, 0.1, at) for at in range(0, 128, 16)]
-    model.begin(counts, batches)
+    model.begin(new, counts, batches)
     shares = model.bias.detach().exp()
     assert float(shares.sum()) == pytest.approx(1, rel=1e-4)
     for token in (int(counts.argmax()), int(counts.argmin())):
@@ -359,6 +423,7 @@ def test_bad_input_gets_one_line(
         (arguments(bert, texts, output, mask_share="nan"), "--mask-share must lie between"),
         (arguments(bert, texts, output, batch_size=5000), "fewer than batch_size=5000"),
         (arguments(bert, texts, output, learning_rate=-1), "--learning-rate must be a number above 0"),
+        (arguments(bert, texts, output, max_steps=0), "--max-steps must be at least 1, found 0"),
         (arguments(bert, texts, output, kept_share=1), "--kept-share must be at least 0 and below 1"),
     ]
     for command, message in cases:

@@ -46,6 +46,7 @@ SHORTEST = 8  # tokens of a window, special ones included
 SAMPLE = 256  # windows by which the bias is set
 FIRST = 50  # batches from which a new head is set
 RIDGE = 0.3  # of the mean squared state
+CHUNK = 512  # tokens whose logits are held at a time while a new head is set
 GAINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -101,21 +102,35 @@ class MaskedLM(nn.Module):
         }
 
     @torch.no_grad()
-    def begin(self, frequencies: Tensor, batches: Iterable[list[dict[str, Tensor]]]) -> None:
-        """Sets a head that was never trained near where training would lead it, from how often each token (V,) occurs
-        and masked batches: the bias to the logarithm of the frequencies, counted with one more of each, and the dense
-        layer to the map from states to word embeddings with the least squared error (ridge regression)."""
+    def begin(self, new: set[str], frequencies: Tensor, batches: Iterable[list[dict[str, Tensor]]]) -> None:
+        """Sets what of the head was never trained, named by `new` as in `named_parameters`, near where training would
+        lead it, from how often each token (V,) occurs and masked batches: `bias` to the logarithm of the frequencies,
+        counted with one more of each, `dense.weight` with its bias to the map from states to word embeddings with the
+        least squared error (ridge regression), `norm.weight` to the constant with the lowest loss."""
         assert self.bias is not None
-        smoothed = frequencies.to(self.bias) + 1
-        self.bias.copy_(torch.log(smoothed / smoothed.sum()))
+        if "bias" in new:
+            smoothed = frequencies.to(self.bias) + 1
+            self.bias.copy_(torch.log(smoothed / smoothed.sum()))
+        if new.isdisjoint(("dense.weight", "norm.weight")):
+            return
         device = self.dense.weight.device
         found = [self.targets([{k: v.to(device) for k, v in part.items()} for part in parts]) for parts in batches]
         states, labels = (torch.cat(column) for column in zip(*found, strict=True))
         held_out = max(1, len(labels) // 10)
+        if "dense.weight" in new:
+            self._least_squares(states[held_out:], labels[held_out:])
+        if "norm.weight" in new:
+            losses = {}
+            for gain in GAINS:
+                self.norm.weight.fill_(gain)
+                losses[gain] = self._total_loss(states[:held_out], labels[:held_out])
+            self.norm.weight.fill_(min(losses, key=lambda gain: losses[gain]))
+
+    def _least_squares(self, states: Tensor, labels: Tensor) -> None:
         words = self.wrapper.get_output_embeddings().weight[labels].float()
-        x, y = states[held_out:].float(), words[held_out:]
+        x = states.float()
         centre = x.mean(0) if self.dense.bias is not None else torch.zeros_like(x[0])
-        x, y = x - centre, y - y.mean(0)
+        x, y = x - centre, words - words.mean(0)
         square = x.T @ x
         square.diagonal().add_(RIDGE * square.diagonal().mean() + 1e-12)
         weight = torch.linalg.solve(square, x.T @ y).T
@@ -123,12 +138,11 @@ class MaskedLM(nn.Module):
         self.dense.weight.copy_(weight / scale)
         if self.dense.bias is not None:
             self.dense.bias.copy_(1 - weight @ centre / scale)  # around 1 the activation is nearly the identity
-        losses = {}
-        for gain in GAINS:
-            self.norm.weight.fill_(gain)
-            logits = self.logits(states[:held_out]).float()
-            losses[gain] = float(F.cross_entropy(logits, labels[:held_out]))
-        self.norm.weight.fill_(min(losses, key=lambda gain: losses[gain]))
+
+    def _total_loss(self, states: Tensor, labels: Tensor) -> float:
+        """The summed cross-entropy of labels (M,) given states (M, D), with logits of CHUNK tokens at a time."""
+        parts = zip(states.split(CHUNK), labels.split(CHUNK), strict=True)
+        return sum(float(F.cross_entropy(self.logits(x).float(), y, reduction="sum")) for x, y in parts)
 
     @torch.no_grad()
     def shift(self, parts: list[dict[str, Tensor]], active: int) -> float:
@@ -146,8 +160,8 @@ class MaskedLM(nn.Module):
         return constant
 
 
-def build(options: argparse.Namespace) -> tuple[MaskedLM, Any, bool]:
-    """The masked LM of `--base`, its tokenizer, and whether its head is new.
+def build(options: argparse.Namespace) -> tuple[MaskedLM, Any, set[str]]:
+    """The masked LM of `--base`, its tokenizer, and which parameters of its head the base lacks, by MaskedLM's names.
 
     Raises FileNotFoundError or ValueError naming what is wrong with the base or the options.
     """
@@ -172,15 +186,16 @@ def build(options: argparse.Namespace) -> tuple[MaskedLM, Any, bool]:
         raise ValueError(f"--max-length {options.max_length} is more than the {limit} positions of --base {base}")
     if output.bias is None:
         raise ValueError(f"the MLM head of {config.model_type} has no bias in --base {base}, by which its level is set")
-    inner = {id(parameter) for parameter in backbone.parameters()}
-    absent = {
-        name for name, parameter in wrapper.named_parameters(remove_duplicate=False) if id(parameter) not in inner
-    }
-    fresh = bool(absent.intersection(missing))
-    if fresh and output.weight is not words.weight:  # a decoder of its own that was never trained either
+    named = dict(wrapper.named_parameters(remove_duplicate=False))
+    lost = any(named.get(name) is output.weight for name in missing)
+    if lost and output.weight is not words.weight:  # a decoder of its own that was never trained
         wrapper.config.tie_word_embeddings = True
         wrapper.tie_weights()
-    return MaskedLM(wrapper, options.train_encoder), tokenizer, fresh
+        named = dict(wrapper.named_parameters(remove_duplicate=False))
+    absent = {id(named[name]) for name in missing if name in named}
+    model = MaskedLM(wrapper, options.train_encoder)
+    head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith("encoder.")}
+    return model, tokenizer, {name for name, parameter in head.items() if id(parameter) in absent}
 
 
 @interruptible("train/mlm.py", "the same command goes on from the last checkpoint")
@@ -201,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(max_steps=None, epochs=None, learning_rate=None)
     options = parser.parse_args(arguments)
     if options.epochs is None:
-        options.epochs, options.max_steps = 1.0, options.max_steps or STEPS
+        options.epochs = 1.0
+        options.max_steps = STEPS if options.max_steps is None else options.max_steps
     if options.learning_rate is None:
         options.learning_rate = 5e-5 if options.train_encoder else 3e-3
     if options.kept_share is None:
@@ -228,7 +244,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{options.output} holds the finished model of these options; nothing to do")
             return 0
         set_seed(options.seed)
-        model, tokenizer, fresh = build(options)
+        model, tokenizer, new = build(options)
         windows = Windows(options.text, tokenizer, options.max_length)
         schedule = schedule_of(options, len(windows), "the text")
 
@@ -238,11 +254,11 @@ def run(options: argparse.Namespace) -> int:
         def batch(step: int, rows: list[int]) -> dict[str, Any]:
             return {"parts": masked(rows, schedule.rng(step, 0))}
 
-        if fresh and not whole_checkpoints(Path(options.output)):
+        if new and not whole_checkpoints(Path(options.output)):
             rng, size = random.Random(f"{options.seed} first"), options.batch_size
             rows = rng.sample(range(len(windows)), min(FIRST * size, len(windows)))
             first = (masked(rows[at : at + size], rng) for at in range(0, len(rows), size))
-            model.begin(windows.frequencies(len(model.bias)), first)
+            model.begin(new, windows.frequencies(len(model.bias)), first)
 
         def write(folder: Path) -> None:
             model.eval()
@@ -252,7 +268,7 @@ def run(options: argparse.Namespace) -> int:
             model.wrapper.save_pretrained(folder)
             load_tokenizer(options.base).save_pretrained(folder)  # as it was: windows leave theirs cutting texts
 
-        what = "a new head" if fresh else "its own head"
+        what = f"new in the head: {', '.join(sorted(new))}" if new else "its own head"
         print(f"{windows.texts:,} texts, {len(windows.tokens):,} tokens, {schedule.steps:,} steps; {what}", flush=True)
         set_seed(options.seed)
         if train(model, Steps(schedule, batch), options, write, MARKER):
