@@ -86,7 +86,7 @@ def clustered_transform(
     `bias` false. A checkpoint without an MLM head (`missing` names its weights) gives nothing, and the transform
     begins at random. Raises ValueError as `read_vocabulary_head`, with which `facts` must agree.
     """
-    own = {name: facts[name] for name in ("transform_activation", "transform_eps") if name in facts}
+    own: dict[str, Any] = {name: facts[name] for name in ("transform_activation", "transform_eps") if name in facts}
     state, found = read_vocabulary_head(wrapper, missing, own)
     if found.get("transform") != "mlm":
         return {}, facts
