@@ -34,7 +34,8 @@ SPLADE = {
     "splade-v1-flops": "splade-v1.yaml --query_sparsity 3e-4 --passage_sparsity 3e-4 --temperature 20",
     "splade-max": "splade-max.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
     "splade-doc": "splade-doc.yaml --passage_sparsity 3e-3",
-    "splade-distil": "splade-distil.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
+    "splade-distil": "splade-distil.yaml --distillation kl --contrastive_weight 1 --kd_temperature 0.05 "
+    "--query_sparsity 3e-3 --passage_sparsity 3e-3",
     "splade-clusters": "splade-max.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
 }
 """Recipe and regulariser of each SPLADE row. The published weights belong to batches of 128, 150,000 steps and a head
@@ -176,7 +177,7 @@ def plan(settings: Settings) -> list[Step]:
     for row in sparse:
         after, data, head = ["mine", "mlm"], train, ""
         if row == "splade-distil":
-            after, data = ["score", "mlm"], scored
+            after, data, head = ["score", "mlm"], scored, f" --teacher_embeddings {out}/scored/teacher.safetensors"
         if row == "splade-clusters":
             after, head = [*after, "cluster-mlm"], f" --clusters {out}/clusters-mlm --transform mlm"
         recipe = SPLADE[row].split()[0]
