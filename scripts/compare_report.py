@@ -222,18 +222,25 @@ def made(content: Mapping[str, Any]) -> list[str]:
     """How the rows came about, in sentences."""
     settings, data, machine = content["settings"], content["data"], content["machine"]
     rows = set(settings["rows"])
+    splade = {row for row in rows if row.startswith("splade-")}
     source = ", ".join(settings["pairs"]) or f"qrels/train.tsv of {settings['trained_on_folder'][0]}"
     found = [
         f"Training: {data['queries']:,} queries with {data['passages']:,} passages ({source}), backbone "
         f"{settings['backbone']}, {settings['steps']} steps of {settings['batch_size']} examples where nothing else is "
-        "said. LENS and the SPLADE rows train the last layer and the head, DeepCT and SparTerm all layers; BM25, "
-        "TF-IDF and the dense backbone are as they come, and the latter is LENS's teacher.",
+        "said.",
     ]
+    whole = [name for row, name in (("deepct", "DeepCT"), ("sparterm", "SparTerm")) if row in rows]
+    last = [name for name, those in (("LENS", {"lens"}), ("the SPLADE rows", splade)) if those & rows]
+    for names, what in ((last, "the last layer and the head"), (whole, "all layers")):
+        if names:
+            found.append(f"Of {' and '.join(names)} {what} are trained.")
+    found.append("BM25, TF-IDF and the dense backbone, which is LENS's and SPLADE-distil's teacher, are as they come.")
     if "mlm" in settings["plan"]:
         text = f" and {', '.join(settings['text'])}" if settings["text"] else ""
+        who = " and ".join(["SPLADE"] * bool(splade) + ["SparTerm"] * ("sparterm" in rows))
         found.append(
-            f"SPLADE and SparTerm begin from an MLM head that the frozen backbone was given in {settings['mlm_steps']} "
-            f"steps on the pairs{text}."
+            f"The MLM head from which {who} begins was trained on the frozen backbone in {settings['mlm_steps']} steps "
+            f"on the pairs{text}."
         )
     if "doc2query" in rows:
         found.append(
