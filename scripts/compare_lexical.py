@@ -29,9 +29,10 @@ ROWS = (
     "tfidf", "doc2query", "deepct", "sparterm", "splade-v1-l1", "splade-v1-flops", "splade-max", "splade-doc",
     "splade-distil", "splade-clusters", "lens", "dense",
 )  # fmt: skip
+SUMS = "--query_sparsity 3e-4 --passage_sparsity 3e-4 --temperature 20 --learning_rate 2e-4 --head_learning_rate 4e-4"
 SPLADE = {
-    "splade-v1-l1": "splade-v1.yaml --sparsity l1 --query_sparsity 3e-4 --passage_sparsity 3e-4 --temperature 20",
-    "splade-v1-flops": "splade-v1.yaml --query_sparsity 3e-4 --passage_sparsity 3e-4 --temperature 20",
+    "splade-v1-l1": f"splade-v1.yaml --sparsity l1 {SUMS}",
+    "splade-v1-flops": f"splade-v1.yaml {SUMS}",
     "splade-max": "splade-max.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
     "splade-doc": "splade-doc.yaml --passage_sparsity 3e-3",
     "splade-distil": "splade-distil.yaml --distillation kl --contrastive_weight 1 --kd_temperature 0.05 "
@@ -40,11 +41,8 @@ SPLADE = {
 }
 """Recipe and regulariser of each SPLADE row. The published weights belong to batches of 128, 150,000 steps and a head
 that was pre-trained for weeks. Sums over positions begin as large products, which saturate a softmax without
-temperature."""
-SPLADE_TRAINING = (
-    "--backbone top --top_layers 1 --cache_hidden false --precision fp32 --learning_rate 6e-4 "
-    "--head_learning_rate 1e-3 --workers 0"
-)
+temperature, and steps that suit a maximum throw them about."""
+SPLADE_TRAINING = "--backbone top --top_layers 1 --cache_hidden false --precision fp32 --workers 0"
 GENERATOR_TRAINING = "--freeze-encoder --dropout 0 --learning-rate 1e-3"
 SPARTERM_TRAINING = "--learning-rate 1e-4 --gate-bias -2 --temperature 50 --in-batch-negatives"
 DEEPCT_SCALE = 1000
@@ -181,11 +179,12 @@ def plan(settings: Settings) -> list[Step]:
         if row == "splade-clusters":
             after, head = [*after, "cluster-mlm"], f" --clusters {out}/clusters-mlm --transform mlm"
         recipe = SPLADE[row].split()[0]
+        rates = "" if SUMS in SPLADE[row] else " --learning_rate 6e-4 --head_learning_rate 1e-3"
         add(
             row,
             f"Train {row}",
             f"train/run.py {RECIPES}/{SPLADE[row]} --base {out}/mlm --data {data} --output {out}/models/{row}{head} "
-            f"{SPLADE_TRAINING} {lengths} {common} --sparsity_warmup_steps {max(1, s.steps // 2)}",
+            f"{SPLADE_TRAINING}{rates} {lengths} {common} --sparsity_warmup_steps {max(1, s.steps // 2)}",
             s.output / "models" / row,
             *after,
             state=recipe_state(recipe),

@@ -182,6 +182,40 @@ def test_the_shift_sets_the_level_and_no_probability(texts: Path) -> None:
         assert math.isfinite(constant)
 
 
+def test_the_bias_loses_the_log_frequencies(bert: Path, texts: Path, tmp_path: Path) -> None:
+    runs = {share: tmp_path / str(share) for share in (0, 0.5, None)}
+    for share, output in runs.items():
+        assert main(arguments(bert, texts, output, **({} if share is None else {"pmi": share}))) == 0
+    plain_head, half, full = (load_file(runs[share] / "model.safetensors") for share in runs)
+    name = "cls.predictions.bias"
+    size = len(plain_head[name])
+    counts = Windows([texts], encoder_tokenizer(), 32).frequencies(size).double().numpy()
+    logs = np.log((counts + 1) / (counts.sum() + size))
+    for share, found in ((0.5, half), (1, full)):
+        moved = (found[name] - plain_head[name]).double().numpy() + share * logs
+        assert np.ptp(moved) < 1e-4 < 0.1 < share * np.ptp(logs)  # but for the constant of the level
+        assert all(torch.equal(found[other], plain_head[other]) for other in found if "decoder" not in other != name)
+    assert [json.loads((run / "config.json").read_text())["frequency_discount"] for run in runs.values()] == [0, 0.5, 1]
+    lines = texts.read_text().splitlines()
+    vectors = {
+        share: lens.load(run, device="cpu").encode_documents(lines, output="numpy") for share, run in runs.items()
+    }
+    assert all((found > 0).sum(1).mean() == pytest.approx(20, abs=0.5) for found in vectors.values())
+    # a word of every text is a term of every text no longer
+    common = int(counts.argmax())
+    assert (vectors[None][:, common] > 0).mean() < (vectors[0][:, common] > 0).mean()
+
+    again = {"max_steps": 1, "learning_rate": 1e-12, "weight_decay": 0}
+    losses = []
+    for base, share in ((0, None), (0.5, None), (None, None), (None, 0)):
+        output = tmp_path / f"again-{base}-{share}"
+        assert main(arguments(runs[base], texts, output, **again, **({} if share is None else {"pmi": share}))) == 0
+        wanted = plain_head if share == 0 else load_file(runs[base] / "model.safetensors")
+        assert np.ptp((load_file(output / "model.safetensors")[name] - wanted[name]).numpy()) < 1e-4
+        losses.append(log_of(output)[0]["loss"])
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)  # training begins from the masked LM's probabilities
+
+
 def test_the_head_learns_and_the_encoder_stays(trained: Path, bert: Path, texts: Path) -> None:
     log = [line for line in log_of(trained) if "loss" in line]
     counts = Windows([texts], encoder_tokenizer(), 32).frequencies(300)
@@ -425,6 +459,8 @@ def test_bad_input_gets_one_line(
         (arguments(bert, texts, output, learning_rate=-1), "--learning-rate must be a number above 0"),
         (arguments(bert, texts, output, max_steps=0), "--max-steps must be at least 1, found 0"),
         (arguments(bert, texts, output, kept_share=1), "--kept-share must be at least 0 and below 1"),
+        (arguments(bert, texts, output, pmi="nan"), "--pmi must lie between 0 and 2, found nan"),
+        (arguments(bert, texts, output, pmi=-1), "--pmi must lie between 0 and 2, found -1"),
     ]
     for command, message in cases:
         shutil.rmtree(output, ignore_errors=True)

@@ -47,6 +47,7 @@ SAMPLE = 256  # windows by which the bias is set
 FIRST = 50  # batches from which a new head is set
 RIDGE = 0.3  # of the mean squared state
 CHUNK = 512  # tokens whose logits are held at a time while a new head is set
+DISCOUNT = "frequency_discount"  # of a base's config.json: how much of the log frequencies its bias lacks
 GAINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -104,13 +105,12 @@ class MaskedLM(nn.Module):
     @torch.no_grad()
     def begin(self, new: set[str], frequencies: Tensor, batches: Iterable[list[dict[str, Tensor]]]) -> None:
         """Sets what of the head was never trained, named by `new` as in `named_parameters`, near where training would
-        lead it, from how often each token (V,) occurs and masked batches: `bias` to the logarithm of the frequencies,
-        counted with one more of each, `dense.weight` with its bias to the map from states to word embeddings with the
-        least squared error (ridge regression), `norm.weight` to the constant with the lowest loss."""
+        lead it, from how often each token (V,) occurs and masked batches: `bias` to the logarithm of the frequencies
+        (`log_shares`), `dense.weight` with its bias to the map from states to word embeddings with the least squared
+        error (ridge regression), `norm.weight` to the constant with the lowest loss."""
         assert self.bias is not None
         if "bias" in new:
-            smoothed = frequencies.to(self.bias) + 1
-            self.bias.copy_(torch.log(smoothed / smoothed.sum()))
+            self.bias.copy_(log_shares(frequencies))
         if new.isdisjoint(("dense.weight", "norm.weight")):
             return
         device = self.dense.weight.device
@@ -145,9 +145,17 @@ class MaskedLM(nn.Module):
         return sum(float(F.cross_entropy(self.logits(x).float(), y, reduction="sum")) for x, y in parts)
 
     @torch.no_grad()
+    def weigh(self, frequencies: Tensor, share: float) -> None:
+        """Adds `share` times the logarithm of each token's frequency (V,) to its bias. With -1 a logit, which was
+        log p(token | text) but for a constant of the text, becomes the pointwise mutual information of both
+        (Church and Hanks, 1990), by which frequent words no longer come first whatever the text."""
+        assert self.bias is not None
+        self.bias += share * log_shares(frequencies).to(self.bias)
+
+    @torch.no_grad()
     def shift(self, parts: list[dict[str, Tensor]], active: int) -> float:
         """Adds one constant to the bias, by which of all texts together `active` dimensions per text have a maximum
-        over positions above 0; returns the constant. No probability changes."""
+        over positions above 0; returns the constant. No probability of the masked LM changes."""
         assert self.bias is not None
         maxima, device = [], self.bias.device
         for part in ({name: tensor.to(device) for name, tensor in part.items()} for part in parts):
@@ -158,6 +166,11 @@ class MaskedLM(nn.Module):
         constant = -float(top[-2:].double().mean())
         self.bias += constant
         return constant
+
+
+def log_shares(frequencies: Tensor) -> Tensor:
+    """The logarithm of each token's share of all tokens, one more counted of each: (V,) -> (V,)"""
+    return torch.log((frequencies + 1) / (frequencies + 1).sum())
 
 
 def build(options: argparse.Namespace) -> tuple[MaskedLM, Any, set[str]]:
@@ -212,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--mask-share", type=float, default=0.15, help="share of the tokens to predict (0.15)")
     add("--kept-share", type=float, help="of the tokens to predict, those that stay (0.5; 0.1 with --train-encoder)")
     add("--active-terms", type=int, default=200, help="positive dimensions of a text at the end, on average (200)")
+    add("--pmi", type=float, metavar="SHARE", help="of the log frequencies to take off the bias at the end (1)")
     add_options(parser, batch_size=32, learning_rate=1e-3, epochs=1)
     parser.set_defaults(max_steps=None, epochs=None, learning_rate=None)
     options = parser.parse_args(arguments)
@@ -236,6 +250,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--mask-share must lie between 0.01 and 0.99, found {options.mask_share}")
     if not 0 <= options.kept_share < 1:
         raise ValueError(f"--kept-share must be at least 0 and below 1, found {options.kept_share}")
+    if options.pmi is not None and not 0 <= options.pmi <= 2:
+        raise ValueError(f"--pmi must lie between 0 and 2, found {options.pmi}")
     for name, least in {"max_length": SHORTEST, "active_terms": 1}.items():
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(options, name)}")
@@ -254,15 +270,21 @@ def run(options: argparse.Namespace) -> int:
         def batch(step: int, rows: list[int]) -> dict[str, Any]:
             return {"parts": masked(rows, schedule.rng(step, 0))}
 
+        frequencies = windows.frequencies(len(model.bias))
         if new and not whole_checkpoints(Path(options.output)):
             rng, size = random.Random(f"{options.seed} first"), options.batch_size
             rows = rng.sample(range(len(windows)), min(FIRST * size, len(windows)))
             first = (masked(rows[at : at + size], rng) for at in range(0, len(rows), size))
-            model.begin(new, windows.frequencies(len(model.bias)), first)
+            model.begin(new, frequencies, first)
+        taken = 0.0 if "bias" in new else float(getattr(model.wrapper.config, DISCOUNT, 0))
+        model.weigh(frequencies, taken)
+        pmi = options.pmi if options.pmi is not None else 1.0 if "bias" in new else taken
 
         def write(folder: Path) -> None:
             model.eval()
             rows = torch.linspace(0, len(windows) - 1, min(SAMPLE, len(windows))).long().tolist()
+            model.weigh(frequencies, -pmi)
+            setattr(model.wrapper.config, DISCOUNT, pmi)
             constant = model.shift(plain(windows, rows, tokenizer), options.active_terms)
             print(f"bias shifted by {constant:.3f}: {options.active_terms} active dimensions per text on average")
             model.wrapper.save_pretrained(folder)
