@@ -31,7 +31,7 @@ GRAM = 8  # words
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """(query, passage) of a file; raises ValueError "FILE:LINE: ..." for a row that has none."""
     for number, row in read_jsonl(path):
-        query, found = row.get("query"), row.get("positive", row.get("pos"))
+        query, found = row.get("query"), row.get("positive") or row.get("pos")
         passages = [found] if isinstance(found, str) else found
         texts = [query, *passages] if isinstance(passages, list) and passages else [None]
         if not all(isinstance(text, str) and text.strip() for text in texts):
@@ -109,12 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in options.exclude:
             beir = read_beir(folder)
             queries |= {wording(beir.queries[query]) for query in beir.qrels}
-        passages: set[str] = set()
         if options.pairs:
             found = [pair for path in options.pairs for pair in read_pairs(path)]
-            passages = known((passage for _, passage in found), options.exclude)
         else:
             found = list(judged_pairs(options.beir, options.split))
+        others = [folder for folder in options.exclude if not options.beir or not folder.samefile(options.beir)]
+        passages = known((passage for _, passage in found), others)
         rows, counts = examples(found, queries, passages, options.limit, options.seed)
         if not rows:
             raise ValueError(f"no pair is left for training: {json.dumps(counts)}")

@@ -29,19 +29,22 @@ ROWS = (
     "tfidf", "doc2query", "deepct", "sparterm", "splade-v1-l1", "splade-v1-flops", "splade-max", "splade-doc",
     "splade-distil", "splade-clusters", "lens", "dense",
 )  # fmt: skip
-SUMS = "--query_sparsity 3e-4 --passage_sparsity 3e-4 --temperature 20 --learning_rate 2e-4 --head_learning_rate 4e-4"
+MAX_POOLING = "--learning_rate 6e-4 --head_learning_rate 1e-3"
+SUM_POOLING = "--temperature 20 --learning_rate 2e-4 --head_learning_rate 4e-4"
+"""Sums over positions begin as large products, which saturate a softmax without temperature, and steps that suit a
+maximum throw them about."""
+FLOPS = "--query_sparsity 3e-3 --passage_sparsity 3e-3"
 SPLADE = {
-    "splade-v1-l1": f"splade-v1.yaml --sparsity l1 {SUMS}",
-    "splade-v1-flops": f"splade-v1.yaml {SUMS}",
-    "splade-max": "splade-max.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
-    "splade-doc": "splade-doc.yaml --passage_sparsity 3e-3",
-    "splade-distil": "splade-distil.yaml --distillation kl --contrastive_weight 1 --kd_temperature 0.05 "
-    "--query_sparsity 3e-3 --passage_sparsity 3e-3",
-    "splade-clusters": "splade-max.yaml --query_sparsity 3e-3 --passage_sparsity 3e-3",
+    "splade-v1-l1": f"splade-v1.yaml {SUM_POOLING} --sparsity l1 --query_sparsity 3e-4 --passage_sparsity 3e-4",
+    "splade-v1-flops": f"splade-v1.yaml {SUM_POOLING} --query_sparsity 3e-4 --passage_sparsity 3e-4",
+    "splade-max": f"splade-max.yaml {MAX_POOLING} {FLOPS}",
+    "splade-doc": f"splade-doc.yaml {MAX_POOLING} --passage_sparsity 3e-3",
+    "splade-distil": f"splade-distil.yaml {MAX_POOLING} {FLOPS} --distillation kl --contrastive_weight 1 "
+    "--kd_temperature 0.05",
+    "splade-clusters": f"splade-max.yaml {MAX_POOLING} {FLOPS}",
 }
-"""Recipe and regulariser of each SPLADE row. The published weights belong to batches of 128, 150,000 steps and a head
-that was pre-trained for weeks. Sums over positions begin as large products, which saturate a softmax without
-temperature, and steps that suit a maximum throw them about."""
+"""Recipe, learning rates and regulariser of each SPLADE row. The published weights belong to batches of 128, 150,000
+steps and a head that was pre-trained for weeks."""
 SPLADE_TRAINING = "--backbone top --top_layers 1 --cache_hidden false --precision fp32 --workers 0"
 GENERATOR_TRAINING = "--freeze-encoder --dropout 0 --learning-rate 1e-3"
 SPARTERM_TRAINING = "--learning-rate 1e-4 --gate-bias -2 --temperature 50 --in-batch-negatives"
@@ -179,12 +182,11 @@ def plan(settings: Settings) -> list[Step]:
         if row == "splade-clusters":
             after, head = [*after, "cluster-mlm"], f" --clusters {out}/clusters-mlm --transform mlm"
         recipe = SPLADE[row].split()[0]
-        rates = "" if SUMS in SPLADE[row] else " --learning_rate 6e-4 --head_learning_rate 1e-3"
         add(
             row,
             f"Train {row}",
             f"train/run.py {RECIPES}/{SPLADE[row]} --base {out}/mlm --data {data} --output {out}/models/{row}{head} "
-            f"{SPLADE_TRAINING}{rates} {lengths} {common} --sparsity_warmup_steps {max(1, s.steps // 2)}",
+            f"{SPLADE_TRAINING} {lengths} {common} --sparsity_warmup_steps {max(1, s.steps // 2)}",
             s.output / "models" / row,
             *after,
             state=recipe_state(recipe),
@@ -234,7 +236,8 @@ def plan(settings: Settings) -> list[Step]:
                 f"doc2query-{folder.name}",
                 f"Write queries for {folder.name}'s documents",
                 f"train/generate.py --model {out}/generator --corpus {shlex.quote(shown(folder))} --output "
-                f"{place}/written --queries {QUERIES} --seed {s.seed} --passage-length {s.length} --query-length 24",
+                f"{place}/written --queries {QUERIES} --seed {s.seed} --passage-length {s.length} --query-length 24 "
+                "--overwrite",
                 s.output / "doc2query" / folder.name,
                 "generator",
                 state=files_state(folder),
@@ -294,11 +297,22 @@ def facts_of(s: Settings) -> dict[str, Any]:
 def generator_layers(model: Path | str) -> str:
     """Options of the generator: two thirds of an encoder's layers read, whose states still tell words apart, and two
     write, which is as much as minutes can train."""
-    file = Path(model) / "config.json"
-    layers = json.loads(file.read_text(encoding="utf-8")).get("num_hidden_layers") if file.is_file() else None
+    layers = config_of(Path(model)).get("num_hidden_layers")
     if not isinstance(layers, int):
         return ""
     return f"--encoder-layers {max(1, 2 * layers // 3)} --decoder-layers {min(2, layers)} "
+
+
+def config_of(model: Path) -> dict[str, Any]:
+    """The config.json of a model's folder, nothing where there is none; raises StepError for a damaged one."""
+    file = model / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise StepError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise StepError(f"{file} should hold an object, found {type(found).__name__}")
+    return found
 
 
 def recipe_state(name: str) -> str:
@@ -332,6 +346,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         value = getattr(options, name)
         if value is not None and value < least:
             raise StepError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
+    if not 0 <= options.seed < 2**32:
+        raise StepError(f"--seed must be at least 0 and below 2^32, found {options.seed}")
     for option in ("pairs", "text"):
         for path in getattr(options, option):
             if not path.exists():
@@ -352,8 +368,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise StepError(f"{folders[0]} has no qrels/train.tsv to train on: give --pairs")
     local = options.model is None or Path(options.model).is_dir()
     model = mini_backbone() if options.model is None else Path(options.model).resolve() if local else options.model
-    config = Path(model) / "config.json"
-    limit = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings") if config.is_file() else None
+    limit = config_of(Path(model)).get("max_position_embeddings")
     if isinstance(limit, int) and options.length > limit - 2:
         raise StepError(f"--length {options.length} leaves no room for special tokens in {limit} positions of {model}")
     return Settings(
@@ -385,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"Comparison -> {shown(settings.output)}\n")
         run_steps(steps, settings.output, isinstance(settings.model, Path), options.restart)
-    except StepError as error:
+    except (StepError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Steps, each a call of one of the project's programs: run in order, skipped while nothing they depend on changed.
 
-OUTPUT/.steps holds a stamp for each finished step (its key, seconds over all attempts, peak memory), `NAME.begun.json`
-for one that was begun, and `program`, the name of the program whose output it is.
+OUTPUT/.steps holds a stamp for each finished step (its key, seconds over all attempts that ended in order, peak
+memory), `NAME.begun.json` for one that was begun, and `program`, the name of the program whose output it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 30.0
@@ -139,12 +141,19 @@ def run_steps(steps: Sequence[Step], output: Path, offline: bool, restart: bool 
     """Runs the steps that are not up to date; returns name -> key, seconds and peak_rss_mb of every step.
 
     A stamp is written when a step has finished and removed before it starts, so a killed step runs again. SIGTERM ends
-    the running step, too. Raises StepError for a step that fails.
+    the running step, too. Raises StepError for a step that fails, and while another call writes to `output`.
     """
     at_home = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be set
     before = signal.signal(signal.SIGTERM, _leave) if at_home else None
+    lock = FileLock(output / ".steps" / "lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _run_steps(steps, output, offline, restart)
+        with lock.acquire(timeout=0):
+            return _run_steps(steps, output, offline, restart)
+    except Timeout as error:
+        raise StepError(
+            f"another call is writing to {shown(output)}: wait for it, or choose another --output"
+        ) from error
     finally:
         if at_home:
             signal.signal(signal.SIGTERM, before)
@@ -161,9 +170,9 @@ def _run_steps(steps: Sequence[Step], output: Path, offline: bool, restart: bool
         keys[step.name] = step.key(keys)
         stamp = output / ".steps" / f"{step.name}.json"
         print(f"[{number}/{len(steps)}] {step.title}\n      $ python {step.command.strip()}", flush=True)
-        if not restart and step.output.exists() and stamp.is_file():
-            entry = json.loads(stamp.read_text(encoding="utf-8"))
-            if entry["key"] == keys[step.name]:
+        if not restart and step.output.exists():
+            entry = _entry(stamp)
+            if entry is not None and entry["key"] == keys[step.name]:
                 done[step.name] = entry
                 print(f"      unchanged since it ran, in {duration(entry['seconds'])}", flush=True)
                 continue
@@ -193,8 +202,17 @@ def _run_steps(steps: Sequence[Step], output: Path, offline: bool, restart: bool
 
 def _spent(begun: Path, key: str) -> float | None:
     """Seconds of the attempts at a step so far; None if none was begun with this key."""
-    entry = json.loads(begun.read_text(encoding="utf-8")) if begun.is_file() else None
-    return float(entry["seconds"]) if isinstance(entry, dict) and entry["key"] == key else None
+    entry = _entry(begun)
+    return float(entry["seconds"]) if entry is not None and entry["key"] == key else None
+
+
+def _entry(file: Path) -> dict[str, Any] | None:
+    """What a stamp holds; None for one that is missing or torn."""
+    try:
+        entry = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return entry if isinstance(entry, dict) and {"key", "seconds"} <= entry.keys() else None
 
 
 def write_json(path: Path, content: Any) -> None:

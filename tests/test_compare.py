@@ -96,7 +96,7 @@ def test_a_folder_trains_on_its_train_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"query": "a"}, r"pairs.jsonl:1: expected a text as query, and as positive \(or pos\) one text or several"),
+        ({"query": "a"}, r"pairs.jsonl:1: expected a text as query, and as positive (or pos) one text or several"),
         ({"query": " ", "positive": "b"}, "pairs.jsonl:1: expected a text"),
         ({"query": "a", "pos": []}, "pairs.jsonl:1: expected a text"),
         ({"query": "a", "pos": [3]}, "pairs.jsonl:1: expected a text"),
@@ -107,8 +107,7 @@ def test_rows_without_a_pair(
 ) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", row)
     assert compare_data.main(["--pairs", str(pairs), "--output", str(tmp_path / "out")]) == 2
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(capsys.readouterr().err)
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from train import identity
-from train.identity import digest, model_files
+from lens import identity
+from lens.identity import digest, model_files
 from train.lexical import begun
 
 

@@ -191,6 +191,7 @@ def test_the_bias_loses_the_log_frequencies(bert: Path, texts: Path, tmp_path: P
     size = len(plain_head[name])
     counts = Windows([texts], encoder_tokenizer(), 32).frequencies(size).double().numpy()
     logs = np.log((counts + 1) / (counts.sum() + size))
+    logs[counts == 0] = logs.max()  # what never occurs, [CLS] for one, is not raised
     for share, found in ((0.5, half), (1, full)):
         moved = (found[name] - plain_head[name]).double().numpy() + share * logs
         assert np.ptp(moved) < 1e-4 < 0.1 < share * np.ptp(logs)  # but for the constant of the level
@@ -201,9 +202,8 @@ def test_the_bias_loses_the_log_frequencies(bert: Path, texts: Path, tmp_path: P
         share: lens.load(run, device="cpu").encode_documents(lines, output="numpy") for share, run in runs.items()
     }
     assert all((found > 0).sum(1).mean() == pytest.approx(20, abs=0.5) for found in vectors.values())
-    # a word of every text is a term of every text no longer
     common = int(counts.argmax())
-    assert (vectors[None][:, common] > 0).mean() < (vectors[0][:, common] > 0).mean()
+    assert (vectors[None][:, common] > 0).mean() < (vectors[0][:, common] > 0).mean()  # a term of fewer texts
 
     again = {"max_steps": 1, "learning_rate": 1e-12, "weight_decay": 0}
     losses = []
@@ -214,6 +214,26 @@ def test_the_bias_loses_the_log_frequencies(bert: Path, texts: Path, tmp_path: P
         assert np.ptp((load_file(output / "model.safetensors")[name] - wanted[name]).numpy()) < 1e-4
         losses.append(log_of(output)[0]["loss"])
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)  # training begins from the masked LM's probabilities
+
+
+def test_a_discounted_base_has_its_frequencies_back_before_a_lost_part_begins_anew(texts: Path, tmp_path: Path) -> None:
+    wrapper, tokenizer = masked_lm("bert")
+    counts = Windows([texts], tokenizer, 32).frequencies(wrapper.config.vocab_size)
+    heads = {}
+    for name, share in (("plain", 0), ("discounted", 1)):
+        base, output = tmp_path / name, tmp_path / f"{name}-out"
+        MaskedLM(wrapper).weigh(counts, -share)
+        wrapper.config.frequency_discount = share
+        wrapper.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        tensors = load_file(base / "model.safetensors")
+        kept = {k: v for k, v in tensors.items() if k != NAMES["norm.weight"]}
+        save_file(kept, base / "model.safetensors", {"format": "pt"})
+        options = {"max_steps": 1, "learning_rate": 1e-12, "weight_decay": 0, "pmi": 0}
+        assert main(arguments(base, texts, output, **options)) == 0
+        heads[name] = load_file(output / "model.safetensors")
+    for name, value in heads["plain"].items():
+        torch.testing.assert_close(heads["discounted"][name], value, rtol=0, atol=1e-4, msg=name)
 
 
 def test_the_head_learns_and_the_encoder_stays(trained: Path, bert: Path, texts: Path) -> None:
@@ -258,6 +278,7 @@ def test_encoders_of_every_kind_get_a_head(kind: str, texts: Path, tmp_path: Pat
     )
     assert active.mean() == pytest.approx(20, abs=0.5)
     assert (output / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
+    assert json.loads((output / "config.json").read_text())["frequency_discount"] == 1  # its bias is a new one
 
 
 @pytest.mark.parametrize("flags", [(), ("--train-encoder",)])
@@ -437,6 +458,11 @@ def test_bad_input_gets_one_line(
     del facts["mask_token"]
     (maskless / "tokenizer_config.json").write_text(json.dumps(facts))
     other = write_beir(tmp_path / "beir")
+    damaged = tmp_path / "damaged"
+    wrapper, tokenizer = masked_lm("bert")
+    wrapper.config.frequency_discount = [1]
+    wrapper.save_pretrained(damaged)
+    tokenizer.save_pretrained(damaged)
     unbiased = headless("modernbert-biased", tmp_path / "unbiased")  # its decoder has no bias
     cases = [
         (arguments(bert, tmp_path / "no.txt", output), "no.txt does not exist"),
@@ -448,6 +474,7 @@ def test_bad_input_gets_one_line(
         (arguments(mistral, texts, output), "masked language modelling needs an encoder"),
         (arguments(maskless, texts, output), "has no mask_token"),
         (arguments(unbiased, texts, output), "has no bias"),
+        (arguments(damaged, texts, output), "must be a number from 0 to 2, found [1]"),
         (arguments(tmp_path / "gone", texts, output), "does not exist"),
         (arguments(bert, texts, other), "is not empty"),
         (arguments(bert, texts, output, max_length=1000), "more than the 128 positions"),

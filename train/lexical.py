@@ -24,8 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from lens.devices import resolve_device
 from lens.files import check_output, read_json, write_json
+from lens.identity import digest, model_files
 from train.checkpoints import COMPLETE_FILE, mark_whole, whole_checkpoints
-from train.identity import digest, model_files
 from train.locks import alone
 from train.progress import Progress, Stopping
 from train.sampler import Schedule
@@ -107,7 +107,8 @@ def begun(options: argparse.Namespace, files: Sequence[str | os.PathLike[str]], 
     settings["base_files"] = model_files(options.base)
     if (output / RUN_FILE).is_file():
         before = read_json(output / RUN_FILE)
-        changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+        names = before.keys() | settings.keys()
+        changed = sorted(name for name in names if before.get(name, ...) != settings.get(name, ...))
         if changed:
             raise ValueError(
                 f"{output} holds a run with other options ({', '.join(changed)}): choose another --output or remove it"

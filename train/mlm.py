@@ -47,7 +47,7 @@ SAMPLE = 256  # windows by which the bias is set
 FIRST = 50  # batches from which a new head is set
 RIDGE = 0.3  # of the mean squared state
 CHUNK = 512  # tokens whose logits are held at a time while a new head is set
-DISCOUNT = "frequency_discount"  # of a base's config.json: how much of the log frequencies its bias lacks
+DISCOUNT = "frequency_discount"  # of a model's config.json: the share of the log frequencies that its bias lacks
 GAINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -147,10 +147,13 @@ class MaskedLM(nn.Module):
     @torch.no_grad()
     def weigh(self, frequencies: Tensor, share: float) -> None:
         """Adds `share` times the logarithm of each token's frequency (V,) to its bias. With -1 a logit, which was
-        log p(token | text) but for a constant of the text, becomes the pointwise mutual information of both
-        (Church and Hanks, 1990), by which frequent words no longer come first whatever the text."""
+        log p(token | position) but for a constant of the position, becomes the pointwise mutual information of both
+        (Church and Hanks, 1990), by which frequent words no longer come first whatever the text. A token that never
+        occurs, special ones among them, counts as the most frequent, for nothing is known of it."""
         assert self.bias is not None
-        self.bias += share * log_shares(frequencies).to(self.bias)
+        logs = log_shares(frequencies)
+        logs[frequencies == 0] = logs.max()
+        self.bias += share * logs.to(self.bias)
 
     @torch.no_grad()
     def shift(self, parts: list[dict[str, Tensor]], active: int) -> float:
@@ -171,6 +174,16 @@ class MaskedLM(nn.Module):
 def log_shares(frequencies: Tensor) -> Tensor:
     """The logarithm of each token's share of all tokens, one more counted of each: (V,) -> (V,)"""
     return torch.log((frequencies + 1) / (frequencies + 1).sum())
+
+
+def discount_of(config: Any, base: str) -> float:
+    """The share of the log frequencies that an earlier run took off the bias; raises ValueError for none."""
+    found = getattr(config, DISCOUNT, 0)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 2:
+        raise ValueError(
+            f"{DISCOUNT} in the config.json of --base {base} must be a number from 0 to 2, found {found!r}"
+        )
+    return float(found)
 
 
 def build(options: argparse.Namespace) -> tuple[MaskedLM, Any, set[str]]:
@@ -225,7 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--mask-share", type=float, default=0.15, help="share of the tokens to predict (0.15)")
     add("--kept-share", type=float, help="of the tokens to predict, those that stay (0.5; 0.1 with --train-encoder)")
     add("--active-terms", type=int, default=200, help="positive dimensions of a text at the end, on average (200)")
-    add("--pmi", type=float, metavar="SHARE", help="of the log frequencies to take off the bias at the end (1)")
+    add(
+        "--pmi",
+        type=float,
+        metavar="SHARE",
+        help="of the log frequencies to take off the bias at the end (a new bias 1, else as the base)",
+    )
     add_options(parser, batch_size=32, learning_rate=1e-3, epochs=1)
     parser.set_defaults(max_steps=None, epochs=None, learning_rate=None)
     options = parser.parse_args(arguments)
@@ -271,14 +289,14 @@ def run(options: argparse.Namespace) -> int:
             return {"parts": masked(rows, schedule.rng(step, 0))}
 
         frequencies = windows.frequencies(len(model.bias))
+        taken = 0.0 if "bias" in new else discount_of(model.wrapper.config, options.base)
+        model.weigh(frequencies, taken)
+        pmi = options.pmi if options.pmi is not None else 1.0 if "bias" in new else taken
         if new and not whole_checkpoints(Path(options.output)):
             rng, size = random.Random(f"{options.seed} first"), options.batch_size
             rows = rng.sample(range(len(windows)), min(FIRST * size, len(windows)))
             first = (masked(rows[at : at + size], rng) for at in range(0, len(rows), size))
             model.begin(new, frequencies, first)
-        taken = 0.0 if "bias" in new else float(getattr(model.wrapper.config, DISCOUNT, 0))
-        model.weigh(frequencies, taken)
-        pmi = options.pmi if options.pmi is not None else 1.0 if "bias" in new else taken
 
         def write(folder: Path) -> None:
             model.eval()

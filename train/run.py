@@ -33,6 +33,7 @@ from lens.card import Facts, recipe_facts
 from lens.corpus import texts_file
 from lens.devices import resolve_device
 from lens.files import check_output, read_json, write_json
+from lens.identity import digest
 from lens.model import CLUSTERS_FILE, CONFIG_FILE, LensModel
 from lens.packed import choose_packed
 from lens.program import interruptible
@@ -42,7 +43,6 @@ from train.checkpoints import COMPLETE_FILE, damage, whole_checkpoints
 from train.config import Recipe
 from train.data import Batches, TeacherEmbeddings
 from train.evaluate import MEASURE, best_folder, best_so_far, read_evaluation
-from train.identity import digest
 from train.overrides import load_recipe, parse_overrides
 from train.parallel import check_stage, collected, deepspeed_config, stage_of, whole_weights
 from train.progress import Stopping, ending_workers
