@@ -9,7 +9,6 @@ from the stored figures.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,15 +51,21 @@ def main() -> None:
     arguments.check(parser, options, RESULTS)
     if options.page and options.note:
         parser.error("--page takes the stored note: leave --note out")
-    if not options.page:
+    if options.page:
+        content = read_json(RESULTS)
+    else:
         if options.comparison is None or not (options.comparison / "results.json").is_file():
             parser.error("give --comparison, a folder with results.json, or --page")
-        content = read_json(options.comparison / "results.json")
-        write_json(RESULTS, {**content, "cpu": page.machine(), "note": options.note})
-    content = json.loads(RESULTS.read_text(encoding="utf-8"))
+        content = {**read_json(options.comparison / "results.json"), "note": options.note}
+    try:
+        text, picture = section(content), plot(content["datasets"])
+    except (KeyError, TypeError) as error:
+        parser.error(f"{options.comparison or RESULTS} holds no comparison: {error}")
+    if not options.page:
+        write_json(RESULTS, content)
     with atomic_file(page.PAGE.parent / "plots" / PLOT, overwrite=True) as temporary:
-        temporary.write_text(plot(content["datasets"]), encoding="utf-8")
-    page.write_section("lexical", section(content))
+        temporary.write_text(picture, encoding="utf-8")
+    page.write_section("lexical", text)
 
 
 if __name__ == "__main__":

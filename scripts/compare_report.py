@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks import page
 from eval.metrics import MEASURES, Values, compare
 from eval.report import number, p_value
 from lens.files import atomic_file, read_json, require, write_json
@@ -72,6 +72,8 @@ def per_query(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            if None in row.values() or not {"system", "query-id", *MEASURES} <= row.keys():
+                raise ValueError(f"{path} is not complete: run the evaluation again")
             for measure in MEASURES:
                 found.setdefault(row["system"], {}).setdefault(measure, {})[row["query-id"]] = float(row[measure])
     return found
@@ -103,6 +105,7 @@ def gather(output: Path) -> dict[str, Any]:
         "seconds": seconds,
         "datasets": datasets,
         "machine": results["machine"],
+        "cpu": page.machine(),
         "versions": results["versions"],
     }
 
@@ -187,7 +190,7 @@ def summary(datasets: Mapping[str, Any]) -> str:
             found[kinds.pop() if len(kinds) == 1 else "mixed"].append(f"{LABELS[one]} > {LABELS[two]}")
     texts = {
         "held": "Held on every data set",
-        "mixed": "Different from one data set to another",
+        "mixed": "Not the same verdict on every data set",
         "reversed": "Reversed",
         "undecided": "Not to be told from chance",
     }
@@ -204,9 +207,13 @@ def plot(datasets: Mapping[str, Any]) -> str:
         figure = Figure(figsize=(9.5, 4.2 * len(datasets)), layout="constrained")
         panels = figure.subplots(len(datasets), 1, squeeze=False)[:, 0]
         for axes, (name, data) in zip(panels, datasets.items(), strict=True):
+            # a collapsed model has no FLOPS, and no place on a logarithmic axis
+            cheapest = min((f["flops"] for f in data["systems"].values() if f["flops"] > 0), default=1) / 2
             for place, (system, facts) in enumerate(data["systems"].items()):
                 marker = "os^Dv*P"[place // 10 * 3 + place % 3]
-                axes.plot(facts["flops"], facts[MAIN], marker, color=f"C{place % 10}", label=LABELS[system])
+                axes.plot(
+                    max(facts["flops"], cheapest), facts[MAIN], marker, color=f"C{place % 10}", label=LABELS[system]
+                )
             axes.set_xscale("log")
             axes.set_xlabel("FLOPS: multiplications per query and document")
             axes.set_ylabel(MAIN)
@@ -234,13 +241,16 @@ def made(content: Mapping[str, Any]) -> list[str]:
     for names, what in ((last, "the last layer and the head"), (whole, "all layers")):
         if names:
             found.append(f"Of {' and '.join(names)} {what} are trained.")
-    found.append("BM25, TF-IDF and the dense backbone, which is LENS's and SPLADE-distil's teacher, are as they come.")
+    if {"lens", "splade-distil"} & rows:
+        found.append("The teacher of LENS and SPLADE-distil is the backbone itself.")
+    if splade:
+        found.append("Rows with sums (SPLADE v1) take smaller steps than those with maxima; the commands say which.")
     if "mlm" in settings["plan"]:
         text = f" and {', '.join(settings['text'])}" if settings["text"] else ""
         who = " and ".join(["SPLADE"] * bool(splade) + ["SparTerm"] * ("sparterm" in rows))
         found.append(
             f"The MLM head from which {who} begins was trained on the frozen backbone in {settings['mlm_steps']} steps "
-            f"on the pairs{text}."
+            f"on the pairs{text}; its logits are pointwise mutual information."
         )
     if "doc2query" in rows:
         found.append(
@@ -249,16 +259,23 @@ def made(content: Mapping[str, Any]) -> list[str]:
         )
     if "deepct" in rows:
         found.append(f"DeepCT's frequencies are scaled by {settings['deepct_scale']:,}.")
+    words = [
+        name
+        for row, name in (("tfidf", "TF-IDF"), ("doc2query", "doc2query's index"), ("deepct", "DeepCT"))
+        if row in rows
+    ]
     found.append(
-        f"BM25, TF-IDF, doc2query's index and DeepCT read whole documents, all others the first {settings['length']} "
-        "tokens."
+        f"{' and '.join([', '.join(['BM25', *words[:-1]]), *words[-1:]])} {'read' if words else 'reads'} whole "
+        f"documents, all others the first {settings['length']} tokens."
     )
     if settings["trained_on_folder"]:
         found.append(
             f"The documents of {settings['trained_on_folder'][0]} were seen in training, its test queries were not."
         )
     else:
-        found.append("No row was trained on the data below.")
+        found.append(
+            "No training pair is a query or a document of the data below; raw text was not compared with them."
+        )
     found.append(
         f"{machine['cores']} cores, GPU {machine['gpu'] or 'none'}; "
         f"{sum(content['seconds'].values()) / 60:.0f} minutes in all."
@@ -308,7 +325,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, text in (("plot.svg", plot(content["datasets"])), ("report.md", "\n".join(lines(content)) + "\n")):
             with atomic_file(options.output / name, overwrite=True) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+    except KeyError as error:
+        print(f"error: {options.output} holds no whole comparison: {error} is missing in it", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -194,7 +194,7 @@ def test_orderings_by_hand() -> None:
     datasets = {"one": {"orderings": rows}, "two": {"orderings": [row]}}
     text = compare_report.summary(datasets)
     assert "Held on every data set: BM25 > TF-IDF; doc2query > BM25." in text
-    assert "Different from one data set to another: DeepCT > BM25." in text
+    assert "Not the same verdict on every data set: DeepCT > BM25." in text
     assert "Not to be told from chance: doc2query > DeepCT." in text
     del values["DeepCT"]["nDCG@10"]["q3"]
     with pytest.raises(ValueError, match="DeepCT and bm25 were evaluated on other queries"):
@@ -254,16 +254,17 @@ def test_the_table_cell_by_cell(tmp_path: Path) -> None:
     assert content["seconds"] == {"data": 2, "lens": 61, "generator": 31}
     text = "\n".join(compare_report.lines(content))
     assert "1,234 queries with 567 passages (a/pairs.jsonl)" in text
-    assert "No row was trained on the data below." in text
+    assert "No training pair is a query or a document of the data below" in text
     assert "the other steps: data 2 s." in text
 
 
 def test_rows_of_an_earlier_call_are_left_out(tmp_path: Path) -> None:
     content = compare_report.gather(finished(tmp_path, ("lens",)))
     assert list(content["datasets"]["data"]["systems"]) == ["bm25", "LENS"]
-    assert "doc2query" not in "\n".join(compare_report.lines({**content, "seconds": {"lens": 61}})).replace(
-        "doc2query's index", ""
-    )
+    text = "\n".join(compare_report.lines({**content, "seconds": {"lens": 61}}))
+    assert "doc2query" not in text
+    assert "BM25 reads whole documents" in text
+    assert "SPLADE v1" not in text
 
 
 def test_text_of_the_evaluation_and_lengths_beyond_the_backbone(bert: Path, tmp_path: Path) -> None:
@@ -300,3 +301,30 @@ def test_every_row_from_one_command(bert: Path, tmp_path: Path) -> None:
     assert again.stdout.count("unchanged since it ran") == len(
         json.loads((steps / "settings.json").read_text())["plan"]
     )
+
+
+def test_the_page_refuses_what_is_no_comparison_and_keeps_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import lexical
+
+    stored = tmp_path / "lexical.json"
+    stored.write_text("{}")
+    monkeypatch.setattr(lexical, "RESULTS", stored)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "results.json").write_text('{"datasets": {}}')
+    for given in (["--comparison", str(tmp_path / "eval")], ["--comparison", str(tmp_path)], []):
+        monkeypatch.setattr("sys.argv", ["lexical.py", *given])
+        with pytest.raises(SystemExit):
+            lexical.main()
+        error = capsys.readouterr().err
+        assert "holds no comparison" in error or "give --comparison" in error
+        assert stored.read_text() == "{}"
+
+
+@pytest.mark.parametrize("row", compare_lexical.SPLADE)
+def test_every_splade_row_has_the_rates_of_its_pooling(row: str) -> None:
+    words = f"{compare_lexical.SPLADE[row]} {compare_lexical.SPLADE_TRAINING}".split()
+    given = {name: words[words.index(name) + 1] for name in ("--learning_rate", "--head_learning_rate")}
+    assert all(words.count(name) == 1 for name in given)
+    assert list(given.values()) == (["2e-4", "4e-4"] if row.startswith("splade-v1") else ["6e-4", "1e-3"])
