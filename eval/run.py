@@ -45,6 +45,8 @@ from lens.layout import is_splade
 from lens.program import interruptible
 from lens.search.words import Words
 
+MTEB_OPTIONS = ("--benchmark", "--tasks", "--types", "--local")
+"""Options that only the evaluation by mteb has (eval/benchmark.py)."""
 COSTS = ("dimensions", "active_per_query", "active_per_document", "flops", "index_mb")
 BASELINES = ("bm25", "dense", "tfidf")
 FUSED = ("dense", "bm25")
@@ -70,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
         prog="eval/run.py",
         description="Evaluate LENS models, BM25 and the dense backbone on retrieval data sets in BEIR layout.",
         epilog="example: python eval/run.py --model runs/mini --beir data/nfcorpus data/cisi "
-        "--baselines bm25 dense --fuse --output runs/eval",
+        "--baselines bm25 dense --fuse --output runs/eval. With --benchmark, --tasks or --local the program evaluates "
+        "by mteb: see --help --benchmark",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -392,7 +395,13 @@ def run(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
 @interruptible("eval/run.py")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code: 0, or 2 with one line on standard error for bad input."""
-    args = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if any(argument.partition("=")[0] in MTEB_OPTIONS for argument in given):
+        require("mteb", "mteb")
+        from eval.benchmark import main as benchmark
+
+        return benchmark(given)
+    args = parser().parse_args(given)
     try:
         loaded = load(args)
         try:

@@ -19,7 +19,7 @@ fi
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-set_up mini cluster train eval quantized dev
+set_up mini cluster train eval mteb quantized dev
 
 BIN=$VENV/bin
 FAILED=()

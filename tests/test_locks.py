@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from train.locks import alone
+from lens.locks import alone
 
 
 def test_a_second_run_is_refused_and_nothing_is_left(tmp_path: Path) -> None:

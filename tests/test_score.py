@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from lens.files import atomic_file
+from lens.locks import alone
 from train import teacher_pool
 from train.data import text_key
-from train.locks import alone
 from train.score import main
 from train.shards import STATE, Shards
 from train.sources import read_examples

@@ -25,10 +25,10 @@ from lens.corpus import find_file, read_texts
 from lens.devices import resolve_device
 from lens.files import atomic_folder, check_output, read_json, read_jsonl, write_json
 from lens.identity import model_files
+from lens.locks import alone
 from lens.program import interruptible
 from lens.text import check_texts
 from train.doc2query import Settings, read_shard, write_shards
-from train.locks import alone
 
 MANIFEST_FILE, EXAMPLES_FILE, EXPANDED_FOLDER = "manifest.json", "examples.jsonl", "expanded"
 

@@ -25,8 +25,8 @@ from transformers.trainer_callback import PrinterCallback
 from lens.devices import resolve_device
 from lens.files import check_output, read_json, write_json
 from lens.identity import digest, model_files
+from lens.locks import alone
 from train.checkpoints import COMPLETE_FILE, mark_whole, whole_checkpoints
-from train.locks import alone
 from train.progress import Progress, Stopping
 from train.sampler import Schedule
 

@@ -32,8 +32,8 @@ from tqdm import tqdm
 import lens
 from lens.devices import resolve_device
 from lens.files import atomic_file, check_output, write_json
+from lens.locks import alone
 from lens.program import interruptible
-from train.locks import alone
 from train.mine import open_text
 from train.shards import Shards, Statistics, moved
 from train.sources import DataSet, read_examples

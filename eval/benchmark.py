@@ -1,0 +1,248 @@
+"""Evaluates models on mteb's benchmarks and tasks, and on local folders as tasks.
+
+    python eval/run.py --model runs/mini --benchmark "MTEB(eng, v2)" --output runs/mteb
+    python eval/run.py --model runs/mini --local data/nfcorpus data/sts-b --baselines bm25 dense --output runs/mteb
+
+Results lie in mteb's own layout, OUTPUT/results/OWNER__MODEL/REVISION/TASK.json with model_meta.json, and what is there
+is not computed again: the same command goes on after a kill, at the chunk of the corpus that it had not finished.
+OUTPUT/summary.json and OUTPUT/report.md hold the main scores of all systems and their means by type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import mteb
+from mteb.cache import ResultCache
+
+import lens
+from eval.baselines import BM25Search, dense_encoder
+from eval.encoder import LensEncoder
+from eval.meta import RELEASED, artifact_meta, released_meta
+from eval.tasks import KINDS, known_tasks, local_task
+from lens.files import write_json
+from lens.locks import alone
+from lens.program import interruptible
+
+BASELINES = ("bm25", "dense")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="eval/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", default=[], metavar="[NAME=]DIR", help="LENS or SPLADE folders, or a released checkpoint")
+    add("--benchmark", nargs="+", default=[], metavar="NAME", help='mteb benchmarks, such as "MTEB(eng, v1)"')
+    add("--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks; with --benchmark only these of it")
+    add("--types", nargs="+", default=[], metavar="TYPE", help="only tasks of these types, such as STS Retrieval")
+    add("--local", nargs="+", default=[], metavar="DIR[:KIND]", help=f"folders as tasks; kinds: {', '.join(KINDS)}")
+    add("--baselines", nargs="+", choices=BASELINES, default=[], help="systems to run beside the models")
+    add("--dense-model", metavar="PATH", help="backbone of the dense baseline (the first model's own)")
+    add("--dense-length", type=int, default=128, metavar="TOKENS", help="texts are cut to this length for dense (128)")
+    add("--name", metavar="OWNER/MODEL", help="name of the only model in the results (local/FOLDER)")
+    add("--compat", choices=("official",), help="embed as the released code does, for released checkpoints")
+    add("--output", type=Path, default=Path("runs/mteb"), metavar="DIR", help="folder of all results (runs/mteb)")
+    add("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
+    add("--devices", nargs="+", metavar="DEVICE", help="several for the models, each a share of the texts")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models' weights (as they are)")
+    add("--quantization", choices=("4bit", "8bit", "int8"), help="of the models, as lens.load takes it")
+    return parser
+
+
+def chosen_tasks(options: argparse.Namespace) -> list[Any]:
+    """The mteb tasks and local ones of the command line, each once.
+
+    Raises ValueError for an unknown benchmark, task or type, with the nearest names, and what `local_task` raises.
+    """
+    found: dict[str, Any] = {}
+    known = known_tasks()
+    pool: dict[str, Any] = {}
+    for name in options.benchmark:
+        benchmarks = {entry.name: entry for entry in mteb.get_benchmarks()}
+        entry = benchmarks.get(name) or next((b for b in benchmarks.values() if name in (b.aliases or ())), None)
+        if entry is None:
+            raise ValueError(f"--benchmark {name!r} is unknown{_nearest(name, benchmarks)}")
+        pool |= {task.metadata.name: task for task in entry.tasks}
+    for name in options.tasks:
+        if name not in known and name not in pool:
+            raise ValueError(f"--tasks {name!r} is unknown{_nearest(name, known)}")
+        if options.benchmark and name not in pool:
+            raise ValueError(f"--tasks {name!r} is no task of {', '.join(options.benchmark)}")
+        found[name] = pool[name] if options.benchmark else mteb.get_task(name)
+    if not options.tasks:
+        found |= pool
+    if options.types:
+        types = set(known.values())
+        unknown = next((name for name in options.types if name not in types), None)
+        if unknown is not None:
+            raise ValueError(f"--types {unknown!r} is unknown{_nearest(unknown, types)}")
+        if not found:
+            raise ValueError("--types narrows --benchmark or --tasks down: give one of them")
+        found = {name: task for name, task in found.items() if task.metadata.type in options.types}
+        if not found and not options.local:
+            raise ValueError(f"no task of --benchmark and --tasks is of type {', '.join(options.types)}")
+    for given in options.local:
+        task = local_task(given)
+        if task.metadata.name in found:
+            raise ValueError(f"two --local tasks are named {task.metadata.name!r}: rename a folder")
+        found[task.metadata.name] = task
+    if not found:
+        raise ValueError("no task: give --benchmark, --tasks or --local")
+    return list(found.values())
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    plain = {known.lower(): known for known in names}
+    close = [plain[found] for found in difflib.get_close_matches(name.lower(), plain, 3, 0.5)]
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def systems(options: argparse.Namespace) -> dict[str, Any]:
+    """The models and baselines by name, ready for `mteb.evaluate`.
+
+    Raises OSError, ValueError or ImportError with one clear line.
+    """
+    if not options.model and not options.baselines:
+        raise ValueError("nothing to evaluate: give --model or --baselines")
+    if options.name and len(options.model) != 1:
+        raise ValueError(f"--name names one model, and there are {len(options.model)}")
+    work = options.output / "work"
+    loading = {"device": options.devices or options.device, "dtype": options.dtype}
+    loading |= {"quantization": options.quantization, "compat": options.compat}
+    found: dict[str, Any] = {}
+    for given in options.model:
+        name, separator, place = given.partition("=")
+        if not separator or Path(given).exists():
+            name, place = Path(given).name, given
+        if name in found or name in BASELINES:
+            raise ValueError(f"two systems are named {name!r}: tell them apart with --model NAME={place}")
+        if not Path(place).is_dir() and place not in RELEASED:
+            raise FileNotFoundError(f"model {place} is neither a folder nor one of {', '.join(RELEASED)}")
+        model = lens.load(place, **loading)
+        own = f"local/{name}" if separator else None
+        meta = (
+            artifact_meta(model, place, options.name or own)
+            if Path(place).is_dir()
+            else released_meta(place, options.compat)
+        )
+        if options.quantization or options.dtype:
+            kinds = {"quantization": options.quantization, "dtype": options.dtype}
+            given_kinds = {key: value for key, value in kinds.items() if value}
+            meta = meta.model_copy(update={"experiment_kwargs": {**(meta.experiment_kwargs or {}), **given_kinds}})
+        found[name] = LensEncoder(model, meta, work)
+    if "bm25" in options.baselines:
+        found["bm25"] = BM25Search()
+    if "dense" in options.baselines:
+        first = next(iter(found.values()), None)
+        if options.dense_model is None and not isinstance(first, LensEncoder):
+            raise ValueError("the dense baseline needs --dense-model, or --model to take its backbone")
+        path = options.dense_model or first.model.config.base
+        device = options.devices[0] if options.devices else options.device
+        found["dense"] = dense_encoder(path, device, options.dense_length, work)
+    return found
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluates and writes the results; returns the number of tasks that failed."""
+    tasks = chosen_tasks(options)
+    found = systems(options)
+    cache = ResultCache(options.output)
+    scores: dict[str, dict[str, float]] = {}
+    failures: list[str] = []
+    for name, system in found.items():
+        for task in tasks:
+            if name == "bm25" and task.metadata.type not in ("Retrieval", "Reranking"):
+                continue
+            result = mteb.evaluate(
+                system, task, cache=cache, raise_error=False, show_progress_bar=False, co2_tracker=False
+            )
+            for error in result.exceptions or []:
+                failures.append(f"{name} on {error.task_name}: {' '.join(error.exception.split())}")
+                print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
+            for outcome in result.task_results:
+                scores.setdefault(name, {})[outcome.task_name] = outcome.get_score()
+                print(f"{outcome.task_name}  {name}  {outcome.get_score():.4f}", flush=True)
+    content = summary(tasks, found, scores, failures)
+    write_json(options.output / "summary.json", content)
+    (options.output / "report.md").write_text("\n".join(report(content)) + "\n", encoding="utf-8")
+    return len(failures)
+
+
+def summary(
+    tasks: Sequence[Any], found: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]], failures: Sequence[str]
+) -> dict[str, Any]:
+    """The content of summary.json: main scores by system and task, and means over the tasks that every embedding
+    system has."""
+    facts = {task.metadata.name: {"type": task.metadata.type, "measure": task.metadata.main_score} for task in tasks}
+    return {
+        "mteb": mteb.__version__,
+        "tasks": facts,
+        "systems": {
+            name: {
+                "model": system.mteb_model_meta.name,
+                "revision": system.mteb_model_meta.revision,
+                "scores": dict(scores.get(name, {})),
+                "means": means(facts, scores.get(name, {})),
+            }
+            for name, system in found.items()
+        },
+        "failures": list(failures),
+    }
+
+
+def means(tasks: Mapping[str, Mapping[str, str]], scores: Mapping[str, float]) -> dict[str, float | None]:
+    """The mean score of each type and over all tasks; None where a task's score is missing, for a mean over fewer
+    tasks is another figure."""
+    groups: dict[str, list[str]] = {}
+    for name, facts in tasks.items():
+        groups.setdefault(facts["type"], []).append(name)
+    groups["all"] = list(tasks)
+    return {
+        kind: fmean(scores[name] for name in names) if all(name in scores for name in names) else None
+        for kind, names in groups.items()
+    }
+
+
+def report(content: Mapping[str, Any]) -> list[str]:
+    """The summary in markdown, scores times 100."""
+    names = list(content["systems"])
+
+    def cells(values: Iterable[float | None]) -> str:
+        return " | ".join("–" if value is None else f"{100 * value:.2f}" for value in values)
+
+    lines = ["| task | type | measure | " + " | ".join(names) + " |", "| --- | --- | --- |" + " ---: |" * len(names)]
+    for task, facts in sorted(content["tasks"].items(), key=lambda item: (item[1]["type"], item[0])):
+        found = cells(content["systems"][name]["scores"].get(task) for name in names)
+        lines.append(f"| {task} | {facts['type']} | {facts['measure']} | {found} |")
+    kinds = next(iter(content["systems"].values()))["means"]
+    systems = content["systems"].values()
+    lines += [f"| **mean** | {kind} | | {cells(system['means'][kind] for system in systems)} |" for kind in kinds]
+    return [*lines, *([""] if content["failures"] else []), *(f"- failed: {line}" for line in content["failures"])]
+
+
+@interruptible("eval/run.py", "the same command goes on where it stopped")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns the exit code: 0, 1 where tasks failed, 2 with one line for bad input."""
+    options = parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="mteb")
+    logging.getLogger("mteb").setLevel(logging.ERROR)
+    try:
+        with alone(options.output / "results"):
+            failed = run(options)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"report: {options.output / 'report.md'}")
+    return 1 if failed else 0

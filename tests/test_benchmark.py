@@ -1,0 +1,266 @@
+"""`eval/run.py --local` and `--benchmark`: real data as tasks of every kind, results, restarts, bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from conftest import ROOT, SENTENCES, need, write_rows
+from scipy.stats import spearmanr
+from sklearn.metrics import average_precision_score
+from test_eval_program import write_beir
+
+import lens
+from eval.benchmark import chosen_tasks, means, parser
+from eval.run import main
+from eval.tasks import KINDS, local_task
+from lens.corpus import read_beir
+
+DATA = ROOT.parent / "shared" / "data"
+
+
+def part(name: str, target: Path, rows: int) -> Path:
+    """Rows from all over a real data set in a folder of its own."""
+    target.mkdir(parents=True)
+    for path in sorted(need(DATA / name).glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.readlines()
+        step = max(1, len(lines) // rows)
+        (target / path.name.removesuffix(".gz")).write_text("".join(lines[::step]), encoding="utf-8")
+    return target
+
+
+def judged(name: str, target: Path, queries: int) -> Path:
+    """Some queries of a real BEIR folder with all their judged documents."""
+    beir = read_beir(need(DATA / name), "test")
+    kept = list(beir.qrels)[:: max(1, len(beir.qrels) // queries)]
+    (target / "qrels").mkdir(parents=True)
+    documents = dict.fromkeys(document for query in kept for document in beir.qrels[query])
+    write_rows(target / "corpus.jsonl", *({"_id": d, "title": "", "text": beir.corpus[d]} for d in documents))
+    write_rows(target / "queries.jsonl", *({"_id": query, "text": beir.queries[query]} for query in kept))
+    lines = [f"{query}\t{d}\t{score}\n" for query in kept for d, score in beir.qrels[query].items()]
+    (target / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return target
+
+
+@pytest.fixture(scope="module")
+def model(bert: Path, bert_clusters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    lens.LENS.build(bert, bert_clusters, device="cpu", positions="content", document_max_length=64).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Real data for every kind of task, small."""
+    place = tmp_path_factory.mktemp("data")
+    return {
+        "retrieval": str(need(DATA / "adi")),
+        "reranking": f"{judged('wikiqa', place / 'wikiqa', 25)}:reranking",
+        "sts": str(part("sts-b", place / "sts-b", 60)),
+        "pair": str(part("mrpc", place / "mrpc", 60)),
+        "classification": str(part("snips", place / "snips", 70)),
+        "clustering": f"{part('snips', place / 'intents', 70)}:clustering",
+        "summarization": f"{part('sick-r', place / 'sick-r', 5000)}:summarization",
+    }
+
+
+def evaluate(model: Path, output: Path, *given: str) -> int:
+    return main(["--model", str(model), "--device", "cpu", "--output", str(output), *given])
+
+
+def results(output: Path) -> dict[str, Any]:
+    return json.loads((output / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_real_data_of_every_kind(model: Path, folders: dict[str, str], tmp_path: Path) -> None:
+    assert set(folders) == set(KINDS)
+    output = tmp_path / "out"
+    assert evaluate(model, output, "--local", *folders.values(), "--baselines", "bm25") == 0
+    found = results(output)
+    assert not found["failures"]
+    assert {facts["type"] for facts in found["tasks"].values()} == {
+        "Retrieval", "Reranking", "STS", "PairClassification", "Classification", "Clustering", "Summarization",
+    }  # fmt: skip
+    scores = found["systems"]["tiny"]["scores"]
+    assert set(scores) == set(found["tasks"])
+    assert set(found["systems"]["bm25"]["scores"]) == {"adi", "wikiqa.reranking"}
+    assert found["systems"]["bm25"]["means"]["all"] is None
+    assert found["systems"]["tiny"]["means"]["all"] == pytest.approx(np.mean(list(scores.values())))
+
+    (folder,) = (output / "results" / "local__tiny").iterdir()
+    meta = json.loads((folder / "model_meta.json").read_text())
+    assert (meta["name"], meta["revision"]) == ("local/tiny", folder.name)
+    text = (folder / "sts-b.json").read_text()
+    assert str(tmp_path) not in text + json.dumps(meta)
+    for name in scores:
+        stored = mteb.results.TaskResult.from_disk(folder / f"{name}.json")
+        assert stored.get_score() == pytest.approx(scores[name], abs=1e-6)
+        assert len(stored.dataset_revision) == 40
+
+    encoder = lens.load(model, device="cpu")
+    for name, place, field in (("sts-b", folders["sts"], "score"), ("mrpc", folders["pair"], "label")):  # another way
+        rows = [json.loads(line) for line in (Path(place) / "test.jsonl").read_text().splitlines()]
+        one, two = (encoder.encode_documents([row[side] for row in rows]) for side in ("sentence1", "sentence2"))
+        cosines, gold = (one * two).sum(1), [row[field] for row in rows]
+        wanted = spearmanr(cosines, gold)[0] if name == "sts-b" else average_precision_score(gold, cosines)
+        stored = json.loads((folder / f"{name}.json").read_text())["scores"]["test"][0]
+        assert stored["cosine_spearman" if name == "sts-b" else "cosine_ap"] == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_retrieval_scores_are_those_of_the_other_half(model: Path, tmp_path: Path) -> None:
+    adi = str(need(DATA / "adi"))
+    assert evaluate(model, tmp_path / "mteb", "--local", adi, "--baselines", "bm25", "dense") == 0
+    other = ["--beir", adi, "--baselines", "bm25", "dense", "--latency-queries", "0"]
+    assert main(["--model", str(model), "--device", "cpu", "--output", str(tmp_path / "beir"), *other]) == 0
+    beir = json.loads((tmp_path / "beir" / "results.json").read_text())["datasets"]["adi"]["systems"]
+    for name, facts in results(tmp_path / "mteb")["systems"].items():
+        assert facts["scores"]["adi"] == pytest.approx(beir[name]["nDCG@10"], abs=1e-4), name
+
+
+def test_what_is_there_is_not_computed_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beir, output = write_beir(tmp_path / "beir"), tmp_path / "out"
+    assert evaluate(model, output, "--local", str(beir)) == 0
+    first = results(output)
+    monkeypatch.setattr(lens.LENS, "encode", lambda *_, **__: pytest.fail("encoded again"))
+    assert evaluate(model, output, "--local", str(beir)) == 0
+    assert results(output) == first
+    assert (output / "report.md").read_text().startswith("| task | type | measure | tiny |")
+    assert "| beir | Retrieval | ndcg_at_10 |" in (output / "report.md").read_text()
+
+
+def test_a_failing_task_does_not_end_the_others(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beir = write_beir(tmp_path / "beir")
+    sts = tmp_path / "sts"
+    sts.mkdir()
+    pairs = zip(SENTENCES, SENTENCES[1:], range(5), strict=False)
+    write_rows(sts / "test.jsonl", *({"sentence1": a, "sentence2": b, "score": score} for a, b, score in pairs))
+    encode = lens.LENS.encode
+    (bad, *_) = read_beir(beir).corpus.values()
+
+    def broken(self: Any, texts: Any, *rest: Any, **options: Any) -> Any:
+        if bad in texts:
+            raise FloatingPointError("embeddings hold NaN")
+        return encode(self, texts, *rest, **options)
+
+    monkeypatch.setattr(lens.LENS, "encode", broken)
+    assert evaluate(model, tmp_path / "out", "--local", str(beir), str(sts)) == 1
+    found = results(tmp_path / "out")
+    assert list(found["systems"]["tiny"]["scores"]) == ["sts"]
+    assert found["systems"]["tiny"]["means"] == {
+        "Retrieval": None, "STS": found["systems"]["tiny"]["scores"]["sts"], "all": None,
+    }  # fmt: skip
+    assert "tiny on beir: " in found["failures"][0]
+    assert f"embeddings hold NaN; the first such text: {bad!r}" in found["failures"][0]
+    assert "failed: tiny on beir" in capsys.readouterr().err
+    monkeypatch.setattr(lens.LENS, "encode", encode)
+    assert evaluate(model, tmp_path / "out", "--local", str(beir), str(sts)) == 0
+    assert set(results(tmp_path / "out")["systems"]["tiny"]["scores"]) == {"beir", "sts"}
+
+
+def test_tasks_of_a_benchmark() -> None:
+    def names(*given: str) -> list[str]:
+        return [task.metadata.name for task in chosen_tasks(parser().parse_args(given))]
+
+    assert len(names("--benchmark", "MTEB(eng, v1)")) == 56
+    assert len(names("--benchmark", "MTEB(eng, v2)")) == 41
+    assert names("--benchmark", "MTEB(eng, v2)", "--types", "Summarization") == ["SummEvalSummarization.v2"]
+    assert names("--benchmark", "MTEB(eng, v1)", "--tasks", "MSMARCO") == ["MSMARCO"]
+    (msmarco,) = chosen_tasks(parser().parse_args(["--benchmark", "MTEB(eng, v1)", "--tasks", "MSMARCO"]))
+    assert list(msmarco.eval_splits) == ["dev"]  # as the benchmark has it
+
+
+def test_means_stand_only_for_all_their_tasks() -> None:
+    tasks = {"a": {"type": "STS"}, "b": {"type": "STS"}, "c": {"type": "Retrieval"}}
+    assert means(tasks, {"a": 0.5, "b": 0.7, "c": 0.1}) == pytest.approx({"STS": 0.6, "Retrieval": 0.1, "all": 1.3 / 3})
+    assert means(tasks, {"a": 0.5, "c": 0.1}) == {"STS": None, "Retrieval": 0.1, "all": None}
+
+
+def test_texts_reach_the_model_as_in_the_folder(tmp_path: Path) -> None:
+    folder = write_beir(tmp_path / "beir")
+    task = local_task(str(folder))
+    task.load_data()
+    beir = read_beir(folder)
+    (split,) = task.dataset["default"].values()
+    assert dict(zip(split["corpus"]["id"], split["corpus"]["text"], strict=True)) == beir.corpus
+    before = task.metadata.revision
+    (folder / "qrels" / "test.tsv").write_text((folder / "qrels" / "test.tsv").read_text() + "\n")
+    assert local_task(str(folder)).metadata.revision != before
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "message"),
+    [
+        ([{"sentence1": "a", "sentence2": "b", "score": "x"}], "", "test.jsonl:1: expected score, found 'x'"),
+        ([{"sentence1": "a", "sentence2": "b", "score": 1}] * 2, "", "all scores are 1.0"),
+        ([{"sentence1": "a", "sentence2": "b", "label": 2}], "", "test.jsonl:1: expected label, found 2"),
+        ([{"sentence1": "a", "sentence2": "b", "label": 1}], "", "all labels are 1"),
+        ([{"text": "a", "label": "x"}], "", "one label only"),
+        ([{"text": 3, "label": "x"}], "", "test.jsonl:1: expected text, found 3"),
+        ([{"query": "a"}], "", "the fields query are of no kind of task"),
+        ([], "", "test.jsonl is empty"),
+        ([{"text": "a", "label": "x"}], ":sts", "of kind clustering, not sts"),
+        ([{"text": "a", "label": "x"}], ":rerank", "'rerank' is no kind of task"),
+        (
+            [{"text": "a", "human_summaries": ["b"], "machine_summaries": ["c", "d"], "relevance": [1]}],
+            "",
+            "row 1 has 2 machine summaries, but 1 values",
+        ),
+        ([{"sentence1": "a", "sentence2": "b", "score": s} for s in (1, 2)], ":summarization", "no summaries there"),
+    ],
+)
+def test_bad_folders(rows: list[dict[str, Any]], kind: str, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message.replace("(", "\\(")):
+        local_task(f"{folder}{kind}").load_data()
+
+
+def test_bad_command_lines(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beir, output = write_beir(tmp_path / "beir"), tmp_path / "out"
+    named = tmp_path / "NFCorpus"
+    beir.rename(named)
+    beir = write_beir(tmp_path / "beir")
+    cases = [
+        (["--benchmark", "MTEB(eng,v1)"], "did you mean MTEB(eng, v1)"),
+        (["--tasks", "NFcorpus"], "--tasks 'NFcorpus' is unknown: did you mean NFCorpus"),
+        (["--benchmark", "MTEB(eng, v1)", "--tasks", "STS22.v2"], "is no task of MTEB(eng, v1)"),
+        (["--benchmark", "MTEB(eng, v1)", "--types", "Retrievals"], "'Retrievals' is unknown: did you mean Retrieval"),
+        (["--benchmark", "MTEB(eng, v2)", "--types", "BitextMining"], "is of type BitextMining"),
+        (["--types", "STS"], "narrows --benchmark or --tasks down"),
+        (["--local", str(named)], "mteb has a task named NFCorpus: rename the folder"),
+        (["--local", str(beir), str(beir)], "two --local tasks are named 'beir'"),
+        (["--local", str(tmp_path / "gone")], "gone does not exist"),
+        (["--local", str(beir), "--name", "mine"], "OWNER/MODEL; found 'mine'"),
+        (["--local", str(beir), "--baselines", "dense", "--dense-model", str(tmp_path / "gone")], "gone"),
+    ]
+    for given, message in cases:
+        assert evaluate(model, output, *given) == 2, given
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error, error
+    assert main(["--local", str(beir), "--output", str(output)]) == 2
+    assert "give --model or --baselines" in capsys.readouterr().err
+    assert main(["--model", str(tmp_path / "no"), "--local", str(beir), "--output", str(output)]) == 2
+    assert "is neither a folder nor one of yibinlei/LENS-d4000" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_an_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lens.locks import alone
+
+    beir, output = write_beir(tmp_path / "beir"), tmp_path / "out"
+    with alone(output / "results"):
+        assert evaluate(model, output, "--local", str(beir)) == 2
+    assert "another run is writing to" in capsys.readouterr().err
