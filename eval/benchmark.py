@@ -29,7 +29,8 @@ import lens
 from eval.baselines import BM25Search, dense_encoder
 from eval.encoder import LensEncoder
 from eval.meta import RELEASED, artifact_meta, released_meta
-from eval.tasks import KINDS, known_tasks, local_task
+from eval.snapshot import Snapshot
+from eval.tasks import KINDS, LOCAL, known_tasks, local_task
 from lens.files import write_json
 from lens.locks import alone
 from lens.program import interruptible
@@ -44,9 +45,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", nargs="+", default=[], metavar="[NAME=]DIR", help="LENS or SPLADE folders, or a released checkpoint")
-    add("--benchmark", nargs="+", default=[], metavar="NAME", help='mteb benchmarks, such as "MTEB(eng, v1)"')
-    add("--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks; with --benchmark only these of it")
-    add("--types", nargs="+", default=[], metavar="TYPE", help="only tasks of these types, such as STS Retrieval")
+    add_task_options(parser)
+    add("--snapshot", metavar="DIR", help="read mteb's data from this folder of scripts/fetch_benchmarks.py")
+    add("--verify", action="store_true", help="compare the snapshot's files with their hashes first")
     add("--local", nargs="+", default=[], metavar="DIR[:KIND]", help=f"folders as tasks; kinds: {', '.join(KINDS)}")
     add("--baselines", nargs="+", choices=BASELINES, default=[], help="systems to run beside the models")
     add("--dense-model", metavar="PATH", help="backbone of the dense baseline (the first model's own)")
@@ -59,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models' weights (as they are)")
     add("--quantization", choices=("4bit", "8bit", "int8"), help="of the models, as lens.load takes it")
     return parser
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose among mteb's tasks."""
+    add = parser.add_argument
+    add("--benchmark", nargs="+", default=[], metavar="NAME", help='mteb benchmarks, such as "MTEB(eng, v1)"')
+    add("--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks; with --benchmark only these of it")
+    add("--types", nargs="+", default=[], metavar="TYPE", help="only tasks of these types, such as STS Retrieval")
 
 
 def chosen_tasks(options: argparse.Namespace) -> list[Any]:
@@ -91,9 +100,9 @@ def chosen_tasks(options: argparse.Namespace) -> list[Any]:
         if not found:
             raise ValueError("--types narrows --benchmark or --tasks down: give one of them")
         found = {name: task for name, task in found.items() if task.metadata.type in options.types}
-        if not found and not options.local:
+        if not found and not getattr(options, "local", ()):
             raise ValueError(f"no task of --benchmark and --tasks is of type {', '.join(options.types)}")
-    for given in options.local:
+    for given in getattr(options, "local", ()):
         task = local_task(given)
         if task.metadata.name in found:
             raise ValueError(f"two --local tasks are named {task.metadata.name!r}: rename a folder")
@@ -157,6 +166,11 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> int:
     """Evaluates and writes the results; returns the number of tasks that failed."""
     tasks = chosen_tasks(options)
+    if options.snapshot is not None:
+        snapshot = Snapshot(options.snapshot)
+        for task in tasks:
+            if not task.metadata.dataset["path"].startswith(LOCAL):
+                snapshot.use(task, options.verify)
     found = systems(options)
     cache = ResultCache(options.output)
     scores: dict[str, dict[str, float]] = {}

@@ -35,6 +35,8 @@ from lens.files import read_jsonl
 from lens.identity import digest
 
 KINDS = ("retrieval", "reranking", "sts", "pair", "classification", "clustering", "summarization")
+LOCAL = "local/"
+"""What the path of a folder's data set begins with in its metadata."""
 SUMMARIES = 3
 """Pairs with the same first sentence from which an STS folder can be read as summaries of it."""
 _TYPES = {
@@ -94,7 +96,7 @@ def _build(folder: Path, name: str, kind: str) -> AbsTask:
     metadata = TaskMetadata(
         name=name,
         description=f"{folder.name}, read from a local folder",
-        dataset={"path": f"local/{folder.name}", "revision": _revision(folder)},
+        dataset={"path": f"{LOCAL}{folder.name}", "revision": _revision(folder)},
         type=mteb_type,
         category="t2c" if kind in ("classification", "clustering") else "t2t",
         eval_splits=[split],
