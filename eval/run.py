@@ -398,6 +398,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if any(argument.partition("=")[0] in MTEB_OPTIONS for argument in given):
         require("mteb", "mteb")
+        if "air-bench" in [value for argument in given for value in argument.split("=")]:
+            from eval.airbench import main as air_bench
+
+            return air_bench(given)
         from eval.benchmark import main as benchmark
 
         return benchmark(given)

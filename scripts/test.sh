@@ -20,6 +20,8 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 set_up mini cluster train eval mteb quantized dev
+# Its own requirement, pytrec_eval, does not build everywhere; pytrec-eval-terrier provides the same module.
+"$VENV/bin/python" -c 'import air_benchmark' 2>/dev/null || pip_install --no-deps air-benchmark || explain_pip air-benchmark
 
 BIN=$VENV/bin
 FAILED=()
