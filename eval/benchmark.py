@@ -30,6 +30,7 @@ from eval.baselines import BM25Search, dense_encoder
 from eval.encoder import LensEncoder
 from eval.meta import RELEASED, artifact_meta, released_meta
 from eval.snapshot import Snapshot
+from eval.submission import problems
 from eval.tasks import KINDS, LOCAL, known_tasks, local_task
 from lens.files import write_json
 from lens.locks import alone
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dense-length", type=int, default=128, metavar="TOKENS", help="texts are cut to this length for dense (128)")
     add("--name", metavar="OWNER/MODEL", help="name of the only model in the results (local/FOLDER)")
     add("--compat", choices=("official",), help="embed as the released code does, for released checkpoints")
+    add("--submit-dry-run", action="store_true", help="then check the first model's results as the leaderboard will")
     add("--output", type=Path, default=Path("runs/mteb"), metavar="DIR", help="folder of all results (runs/mteb)")
     add("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
     add("--devices", nargs="+", metavar="DEVICE", help="several for the models, each a share of the texts")
@@ -125,6 +127,8 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
     """
     if not options.model and not options.baselines:
         raise ValueError("nothing to evaluate: give --model or --baselines")
+    if options.submit_dry_run and not options.model:
+        raise ValueError("--submit-dry-run checks the results of a model: give --model")
     if options.name and len(options.model) != 1:
         raise ValueError(f"--name names one model, and there are {len(options.model)}")
     work = options.output / "work"
@@ -164,7 +168,8 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluates and writes the results; returns the number of tasks that failed."""
+    """Evaluates and writes the results; returns the number of tasks that failed, and of what is wrong with them as a
+    submission."""
     tasks = chosen_tasks(options)
     if options.snapshot is not None:
         snapshot = Snapshot(options.snapshot)
@@ -191,7 +196,14 @@ def run(options: argparse.Namespace) -> int:
     content = summary(tasks, found, scores, failures)
     write_json(options.output / "summary.json", content)
     (options.output / "report.md").write_text("\n".join(report(content)) + "\n", encoding="utf-8")
-    return len(failures)
+    wrong: list[str] = []
+    if options.submit_dry_run:
+        first = next(iter(found.values())).mteb_model_meta
+        wrong = problems(options.output / "results", first, [task.metadata.name for task in tasks])
+        for line in wrong:
+            print(f"submission: {line}", file=sys.stderr)
+        print(f"submission of {first.name}: " + (f"{len(wrong)} things to mend" if wrong else "nothing to mend"))
+    return len(failures) + len(wrong)
 
 
 def summary(
@@ -248,7 +260,8 @@ def report(content: Mapping[str, Any]) -> list[str]:
 
 @interruptible("eval/run.py", "the same command goes on where it stopped")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program; returns the exit code: 0, 1 where tasks failed, 2 with one line for bad input."""
+    """Runs the program; returns the exit code: 0, 1 where tasks failed or a submission would, 2 with one line for bad
+    input."""
     options = parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="mteb")
     logging.getLogger("mteb").setLevel(logging.ERROR)
