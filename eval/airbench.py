@@ -202,7 +202,8 @@ def run(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"model {place} is neither a folder nor one of {', '.join(RELEASED)}")
     model = lens.load(place, device=options.devices or options.device, dtype=options.dtype, compat=options.compat)
     meta = artifact_meta(model, place) if Path(place).is_dir() else released_meta(place, options.compat)
-    found = retriever(LensEncoder(model, meta, options.output / "work"), name, options.instruction)
+    encoder = LensEncoder(model, meta, options.output / "work")
+    found = retriever(encoder, name, options.instruction)
     data = loader(version, options.air_data)
     results = options.output / "search_results"
     for kind in types:
@@ -211,6 +212,7 @@ def run(options: argparse.Namespace) -> int:
             bench.data_loader, found.domain = data, f"{kind} {domain}"
             with contextlib.redirect_stdout(io.StringIO()):
                 bench.run(found, output_dir=str(results))
+            encoder.forget()
             print(f"searched: {kind} {domain}", flush=True)
     folder = results / name / "NoReranker"
     files = expected(version, types, domains, languages)

@@ -22,12 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import datasets
 import mteb
 from mteb.cache import ResultCache
 
 import lens
 from eval.baselines import BM25Search, dense_encoder
-from eval.encoder import LensEncoder
+from eval.encoder import ChunkedEncoder, LensEncoder
 from eval.meta import RELEASED, artifact_meta, released_meta
 from eval.snapshot import Snapshot
 from eval.submission import problems
@@ -187,6 +188,8 @@ def run(options: argparse.Namespace) -> int:
             result = mteb.evaluate(
                 system, task, cache=cache, raise_error=False, show_progress_bar=False, co2_tracker=False
             )
+            if isinstance(system, ChunkedEncoder) and not result.exceptions:
+                system.forget()
             for error in result.exceptions or []:
                 failures.append(f"{name} on {error.task_name}: {' '.join(error.exception.split())}")
                 print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
@@ -264,7 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     input."""
     options = parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="mteb")
-    logging.getLogger("mteb").setLevel(logging.ERROR)
+    logging.getLogger("mteb").setLevel(logging.CRITICAL)  # failures are told by `run`
+    datasets.disable_progress_bars()
     try:
         with alone(options.output / "results"):
             failed = run(options)

@@ -70,6 +70,13 @@ class ChunkedEncoder(AbsEncoder):
         self.work = None if work is None else Path(work)
         self.chunk = chunk or max(PROBE, CHUNK_VALUES // dimensions)
         self.corpus: Any = None
+        self.searches: list[Path] = []
+
+    def forget(self) -> None:
+        """Removes the files of the searches so far, once their results are kept elsewhere."""
+        for path in self.searches:
+            path.unlink(missing_ok=True)
+        self.searches.clear()
 
     @abstractmethod
     def vectors(self, texts: Sequence[str], task: TaskMetadata, side: PromptType | None, output: str) -> Any: ...
@@ -144,11 +151,12 @@ class ChunkedEncoder(AbsEncoder):
     def _search(self, task: TaskMetadata, name: str, queries: list[str], vectors: Any, top_k: int) -> RunningTop:
         size = len(self.corpus)
         k = min(top_k, size)
-        path = None if self.work is None else self.work / (re.sub(r"[^\w.-]", "_", name) + ".safetensors")
-        found = RunningTop(len(queries), k)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path, found = None, RunningTop(len(queries), k)
+        if self.work is not None:
+            self.work.mkdir(parents=True, exist_ok=True)
             identity = self._identity(task, queries, k)
+            path = self.work / f"{_plain(name)}-{identity[:12]}.safetensors"
+            self.searches.append(path)
             found = RunningTop.resume(path, identity, len(queries), k)
         bar = tqdm(total=size, initial=found.seen, desc=f"{task.name}: corpus", unit="text", disable=None)
         with bar:
@@ -253,6 +261,11 @@ class LensEncoder(ChunkedEncoder):
             return self.model.encode_documents(texts, output=output)
         instruction = None if plain else instruction_for(task)
         return self.model.encode_queries(texts, instruction=instruction, output=output)
+
+
+def _plain(name: str) -> str:
+    """A name that every file system takes."""
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def _culprit(embed: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> str:

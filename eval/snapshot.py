@@ -53,7 +53,7 @@ class Snapshot:
         return self.folder / "data" / name.replace("/", "__") / revision
 
     def add(self, name: str, revision: str, tasks: Sequence[str]) -> None:
-        """Enters a data set whose files are there, and writes the manifest."""
+        """Enters a data set that was just fetched, and writes the manifest."""
         place = self.place(name, revision)
         files = sorted(p for p in place.rglob("*") if p.is_file() and ".cache" not in p.relative_to(place).parts)
         if not files:
@@ -66,6 +66,12 @@ class Snapshot:
                 for path in files
             },
         }
+        write_json(self.folder / MANIFEST, {"format": FORMAT, "datasets": self.datasets})
+
+    def lend(self, name: str, revision: str, tasks: Sequence[str]) -> None:
+        """Notes that tasks read a data set that is entered; what was written of its files stays."""
+        entry = self.datasets[f"{name}@{revision}"]
+        entry["tasks"] = sorted({*entry["tasks"], *tasks})
         write_json(self.folder / MANIFEST, {"format": FORMAT, "datasets": self.datasets})
 
     def check(self, name: str, revision: str, verify: bool = False) -> Path:

@@ -5,7 +5,8 @@
 A folder in BEIR layout is a retrieval task, as :reranking one of its judged documents. Others hold SPLIT.jsonl(.gz),
 whose fields tell the kind: `sentence1`, `sentence2` with `score` (sts) or `label` 0 and 1 (pair), `text` with `label`
 (classification where there is train.jsonl, else clustering), `text`, `human_summaries`, `machine_summaries`,
-`relevance` (summarization). The split evaluated is test, else dev, else the only one there is.
+`relevance` (summarization). The split evaluated is test, else
+dev, else validation, else the only one there is.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from lens.files import read_jsonl
 from lens.identity import digest
 
 KINDS = ("retrieval", "reranking", "sts", "pair", "classification", "clustering", "summarization")
+SPLITS = ("test", "dev", "validation")
+"""Names of what is evaluated, the first of these that there is."""
 LOCAL = "local/"
 """What the path of a folder's data set begins with in its metadata."""
 SUMMARIES = 3
@@ -69,11 +72,11 @@ def local_task(given: str) -> AbsTask:
 
     Raises FileNotFoundError or ValueError naming folder, file and line, what was expected and what was found.
     """
-    place, _, kind = given.partition(":") if not Path(given).exists() else (given, "", "")
+    place, colon, kind = given.partition(":") if not Path(given).exists() else (given, "", "")
     folder = Path(place).resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"task folder {place} does not exist")
-    if kind and kind not in KINDS:
+    if colon and kind not in KINDS:
         raise ValueError(f"{given}: {kind!r} is no kind of task; there are {', '.join(KINDS)}")
     found = _kind(folder)
     allowed = {found} | {"retrieval": {"reranking"}, "sts": {"summarization"}, "classification": {"clustering"}}.get(
@@ -148,7 +151,10 @@ def _split(folder: Path, kind: str) -> str:
             raise FileNotFoundError(f"{folder} has no qrels/SPLIT.tsv")
     else:
         names = list(_files(folder))
-    return next((name for name in ("test", "dev", *names) if name in names), names[0])
+    found = next((name for name in SPLITS if name in names), names[0] if len(names) == 1 else None)
+    if found is None:
+        raise ValueError(f"{folder} has {', '.join(names)}, of which none is called {', '.join(SPLITS)}: rename one")
+    return found
 
 
 def _revision(folder: Path) -> str:
@@ -175,7 +181,7 @@ def _text(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _texts(value: Any) -> bool:
@@ -229,6 +235,8 @@ def _pair(folder: Path, split: str) -> dict[str, Any]:
 
 def _labelled(path: Path) -> list[tuple[str, str]]:
     rows = _rows(path, text=_text, label=lambda value: isinstance(value, str | int))
+    if any("title" in row for row in rows):
+        _rows(path, title=lambda value: value is None or isinstance(value, str))
     return [(" ".join(filter(None, (row.get("title"), row["text"]))), str(row["label"])) for row in rows]
 
 

@@ -10,6 +10,7 @@ every file when it is whole. Those entered are not fetched again: after an inter
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,13 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with alone(options.output / "data"):
             snapshot = Snapshot(options.output, create=True)
             for number, ((name, revision), tasks) in enumerate(sorted(wanted.items()), 1):
+                place = snapshot.place(name, revision)
                 try:
-                    snapshot.check(name, revision)
+                    snapshot.check(name, revision, verify=True)
+                    snapshot.lend(name, revision, sorted(tasks))
                     state = "there"
                 except (FileNotFoundError, ValueError):
-                    fetch(name, revision, snapshot.place(name, revision))
+                    if f"{name}@{revision}" in snapshot.datasets:  # damaged since, which a download may not notice
+                        shutil.rmtree(place, ignore_errors=True)
+                    try:
+                        fetch(name, revision, place)
+                    except (OSError, ValueError) as error:
+                        raise OSError(f"{name} at revision {revision} could not be fetched: {error}") from error
+                    snapshot.add(name, revision, sorted(tasks))
                     state = "fetched"
-                snapshot.add(name, revision, sorted(tasks))
                 print(f"[{number}/{len(wanted)}] {name} at {revision[:8]}: {state}", flush=True)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

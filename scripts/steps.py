@@ -212,7 +212,8 @@ def _entry(file: Path) -> dict[str, Any] | None:
         entry = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return entry if isinstance(entry, dict) and {"key", "seconds"} <= entry.keys() else None
+    whole = isinstance(entry, dict) and isinstance(entry.get("key"), str)
+    return entry if whole and isinstance(entry.get("seconds"), int | float) else None
 
 
 def write_json(path: Path, content: Any) -> None:

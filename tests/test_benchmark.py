@@ -159,6 +159,7 @@ def test_a_run_killed_inside_a_corpus_gives_the_same_results(
     assert evaluate(model, tmp_path / "broken", "--local", str(beir)) == 130
     assert evaluate(model, tmp_path / "broken", "--local", str(beir)) == 0
     assert saved == [8, 16, 24, 32, 40]
+    assert not list((tmp_path / "broken" / "work").iterdir())  # the results are kept
 
     def stored(output: Path) -> dict[str, Any]:
         (file,) = (output / "results" / "local__tiny").glob("*/beir.json")
@@ -239,6 +240,9 @@ def test_texts_reach_the_model_as_in_the_folder(tmp_path: Path) -> None:
         ([{"sentence1": "a", "sentence2": "b", "label": 1}], "", "all labels are 1"),
         ([{"text": "a", "label": "x"}], "", "one label only"),
         ([{"text": 3, "label": "x"}], "", "test.jsonl:1: expected text, found 3"),
+        ([{"title": 5, "text": "a", "label": "x"}], "", "test.jsonl:1: expected title, found 5"),
+        ([{"sentence1": "a", "sentence2": "b", "score": 10**400}], "", "test.jsonl:1: expected score, found 1000"),
+        ([{"text": "a", "label": "x"}], ":", "'' is no kind of task"),
         ([{"query": "a"}], "", "the fields query are of no kind of task"),
         ([], "", "test.jsonl is empty"),
         ([{"text": "a", "label": "x"}], ":sts", "of kind clustering, not sts"),
@@ -257,6 +261,27 @@ def test_bad_folders(rows: list[dict[str, Any]], kind: str, message: str, tmp_pa
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         local_task(f"{folder}{kind}").load_data()
+
+
+def test_training_data_are_never_what_is_evaluated(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    for names, wanted in (
+        (("train", "validation"), "validation"),
+        (("train", "dev", "test"), "test"),
+        (("all",), "all"),
+    ):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in names:
+            write_rows(folder / f"{name}.jsonl", *rows)
+        assert list(local_task(str(folder)).eval_splits) == [wanted]
+    for names in (("train", "extra"), ("train", "val")):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in names:
+            write_rows(folder / f"{name}.jsonl", *rows)
+        with pytest.raises(ValueError, match="of which none is called test, dev, validation: rename one"):
+            local_task(str(folder))
 
 
 def test_bad_command_lines(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

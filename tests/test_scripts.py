@@ -390,6 +390,27 @@ def test_seconds_of_a_step_are_those_of_all_its_attempts(
     assert json.loads((tmp_path / "out" / ".steps" / "train.json").read_text())["seconds"] < 100
 
 
+@pytest.mark.parametrize("stamp", ["", "{", "[]", '{"key": "K", "seconds": null}', '{"key": "K", "seconds": "abc"}'])
+def test_a_torn_stamp_is_none(stamp: str, quickstart: ModuleType, tmp_path: Path) -> None:
+    assert start(quickstart, tmp_path) == 0
+    calls(tmp_path)
+    path = tmp_path / "out" / ".steps" / "train.json"
+    path.write_text(stamp.replace("K", json.loads(path.read_text())["key"]))
+    assert start(quickstart, tmp_path) == 0
+    assert "train" in calls(tmp_path)
+
+
+def test_two_calls_do_not_write_to_one_output(
+    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from filelock import FileLock
+
+    assert start(quickstart, tmp_path) == 0
+    with FileLock(tmp_path / "out" / ".steps" / "lock"):
+        assert start(quickstart, tmp_path) == 1
+    assert "another call is writing to" in capsys.readouterr().err
+
+
 def test_the_output_of_another_program_is_left_alone(
     quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

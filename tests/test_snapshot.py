@@ -112,6 +112,10 @@ def test_what_a_snapshot_lacks_is_named(hub: list[str], tmp_path: Path) -> None:
         snapshot.check(data["path"], data["revision"])
     assert fetch_benchmarks.main(["--tasks", "NFCorpus", "--output", str(place)]) == 0  # which fetches it again
     assert corpus.read_bytes() == whole
+    corpus.write_bytes(whole[::-1])  # of the same size
+    assert fetch_benchmarks.main(["--tasks", "NFCorpus", "--output", str(place)]) == 0
+    assert corpus.read_bytes() == whole
+    Snapshot(place).check(data["path"], data["revision"], verify=True)
     (place / "manifest.json").write_text('{"format": 9}')
     with pytest.raises(ValueError, match="expected a manifest of format 1, found 9"):
         Snapshot(place)
@@ -130,6 +134,18 @@ def test_the_parts_of_an_aggregate_are_fetched(monkeypatch: pytest.MonkeyPatch, 
     task = mteb.get_task("CQADupstackRetrieval")
     Snapshot(tmp_path).use(task)
     assert all(str(tmp_path) in part.metadata.dataset["path"] for part in task.metadata.tasks)
+
+
+def test_a_data_set_that_cannot_be_fetched_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert fetch_benchmarks.main(["--tasks", "NFCorpus", "--output", str(tmp_path)]) == 2
+    assert "mteb/nfcorpus at revision " in (error := capsys.readouterr().err)
+    assert "could not be fetched: no network" in error
 
 
 def test_bad_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
