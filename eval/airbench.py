@@ -3,8 +3,8 @@
     python eval/run.py --model runs/mini --benchmark air-bench --version 24.04 --output runs/air
 
 OUTPUT/search_results holds the hits of every data set as the package writes them; data sets that are there are not
-searched again, and an unfinished one goes on at its next chunk of the corpus. OUTPUT/MODEL_NoReranker.zip is made once
-every data set of the version is there, OUTPUT/dev.json where there are public judgements (24.05).
+searched again, and an unfinished one goes on at its next chunk of the corpus. OUTPUT/MODEL_NoReranker.zip is made when
+all data sets that were asked for are there, OUTPUT/dev.json where there are public judgements (24.05).
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import json
 import math
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lens
 from eval.encoder import ChunkedEncoder, LensEncoder
-from eval.meta import RELEASED, artifact_meta, released_meta
-from lens.files import atomic_file, require, write_json
+from eval.meta import open_model
+from lens.files import atomic_file, read_json, require, write_json
 from lens.locks import alone
 from lens.program import interruptible
 
@@ -49,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
     add("--air-data", type=Path, metavar="DIR", help="folder with the data sets, each as in its repository on the hub")
     add("--compat", choices=("official",), help="embed as the released code does, for released checkpoints")
     add("--output", type=Path, default=Path("runs/air"), metavar="DIR", help="(runs/air)")
-    add("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
-    add("--devices", nargs="+", metavar="DEVICE", help="several, each a share of the texts")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
+    device.add_argument("--devices", nargs="+", metavar="DEVICE", help="several, each a share of the texts")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model's weights (as they are)")
     return parser
 
@@ -147,8 +147,11 @@ def expected(version: str, types: Sequence[str], domains: Sequence[str], languag
     ]
 
 
-def check_hits(path: Path, version: str, name: str) -> None:
-    """Raises FileNotFoundError or ValueError naming a file of hits that the leaderboard would not take."""
+def check_hits(path: Path, version: str, name: str, asked: Iterable[str] | None = None) -> None:
+    """Checks a file of hits, which should be those of the queries `asked` where they are given.
+
+    Raises FileNotFoundError or ValueError naming a file that the leaderboard would not take.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
@@ -165,6 +168,9 @@ def check_hits(path: Path, version: str, name: str) -> None:
     hits = content.get("search_results")
     if not isinstance(hits, dict) or not hits:
         raise ValueError(f"{path} holds no search_results")
+    missing = next((query for query in asked or () if query not in hits), None)
+    if missing is not None:
+        raise ValueError(f"{path}: query {missing!r} has no hits")
     for query, found in hits.items():
         if not isinstance(found, dict) or not 0 < len(found) <= HITS:
             raise ValueError(f"{path}: query {query!r} should have 1 to {HITS} hits")
@@ -172,10 +178,25 @@ def check_hits(path: Path, version: str, name: str) -> None:
             raise ValueError(f"{path}: query {query!r} has a score that is no finite number")
 
 
-def pack(folder: Path, files: Sequence[Path], target: Path, version: str, name: str) -> None:
-    """Checks the files of hits and packs those of the test splits, as the leaderboard takes them."""
+def remove_torn(path: Path) -> None:
+    """Removes a file of hits that a kill left half-written, which the package would stumble over."""
+    if path.is_file():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            print(f"{path} is torn: searched again", file=sys.stderr)
+            path.unlink()
+
+
+def pack(folder: Path, files: Sequence[Path], target: Path, version: str, name: str, data: Any) -> None:
+    """Checks the files of hits against the queries of `data`, and packs those of the test splits, as the leaderboard
+    takes them."""
     for file in files:
-        check_hits(folder / file, version, name)
+        kind, domain = file.parts[:2]
+        language, _, rest = file.stem.partition("_")
+        dataset, _, split = rest.rpartition("_")
+        asked = data.load_queries(kind, domain, language, dataset, split=split)
+        check_hits(folder / file, version, name, asked)
     with (
         atomic_file(target, overwrite=True) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
@@ -187,35 +208,52 @@ def pack(folder: Path, files: Sequence[Path], target: Path, version: str, name: 
 
 def run(options: argparse.Namespace) -> int:
     """Searches all data sets, evaluates the public ones, packs; returns the exit code."""
-    from air_benchmark import AIRBench
-    from air_benchmark.evaluation_utils import Evaluator
     from air_benchmark.tasks import check_domains, check_languages, check_task_types
 
     version = f"AIR-Bench_{options.version}"
     types = check_task_types(options.task_types, version)
     domains = check_domains(options.domains, version)
     languages = check_languages(options.languages, version)
-    name, separator, place = options.model.partition("=")
-    if not separator or Path(options.model).exists():
-        name, place = Path(options.model).name, options.model
-    if not Path(place).is_dir() and place not in RELEASED:
-        raise FileNotFoundError(f"model {place} is neither a folder nor one of {', '.join(RELEASED)}")
-    model = lens.load(place, device=options.devices or options.device, dtype=options.dtype, compat=options.compat)
-    meta = artifact_meta(model, place) if Path(place).is_dir() else released_meta(place, options.compat)
-    encoder = LensEncoder(model, meta, options.output / "work")
-    found = retriever(encoder, name, options.instruction)
-    data = loader(version, options.air_data)
-    results = options.output / "search_results"
-    for kind in types:
-        for domain in domains:
-            bench = AIRBench(version, task_types=[kind], domains=[domain], languages=languages)
-            bench.data_loader, found.domain = data, f"{kind} {domain}"
-            with contextlib.redirect_stdout(io.StringIO()):
-                bench.run(found, output_dir=str(results))
-            encoder.forget()
-            print(f"searched: {kind} {domain}", flush=True)
-    folder = results / name / "NoReranker"
     files = expected(version, types, domains, languages)
+    if not files:
+        raise ValueError(f"{version} has no {', '.join(types)} in {', '.join(languages)} of {', '.join(domains)}")
+    varied = {"compat": options.compat, "dtype": options.dtype}
+    name, model, meta = open_model(options.model, options.devices or options.device, **varied)
+    with contextlib.closing(model):
+        return _run(options, name, LensEncoder(model, meta, options.output / "work"), version, files)
+
+
+def _run(options: argparse.Namespace, name: str, encoder: LensEncoder, version: str, files: Sequence[Path]) -> int:
+    from air_benchmark import AIRBench
+    from air_benchmark.evaluation_utils import Evaluator
+
+    meta, weights = encoder.mteb_model_meta, encoder.model.model.head.weight
+    facts = {
+        "model": meta.name, "revision": meta.revision, "experiment": meta.experiment_kwargs, "version": version,
+        "instruction": options.instruction, "dtype": str(weights.dtype), "name": name,
+    }  # fmt: skip
+    stamp = options.output / "run.json"
+    held = read_json(stamp) if stamp.is_file() else facts
+    changed = sorted(key for key in facts if held.get(key) != facts[key])
+    if changed:
+        raise ValueError(
+            f"{options.output} holds hits of a run with another {', '.join(changed)}: choose another --output"
+        )
+    write_json(stamp, facts)
+    data = loader(version, options.air_data)
+    found = retriever(encoder, name, options.instruction)
+    results = options.output / "search_results"
+    folder = results / name / "NoReranker"
+    for file in files:
+        remove_torn(folder / file)
+    for kind, domain in dict.fromkeys(file.parts[:2] for file in files):
+        languages = sorted({file.name.split("_")[0] for file in files if file.parts[:2] == (kind, domain)})
+        bench = AIRBench(version, task_types=[kind], domains=[domain], languages=languages)
+        bench.data_loader, found.domain = data, f"{kind} {domain}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            bench.run(found, output_dir=str(results))
+        encoder.forget()
+        print(f"searched: {kind} {domain}", flush=True)
     if any(file.name.endswith("_dev.json") for file in files):
         scores = Evaluator(data).evaluate_results(str(folder), split="dev")
         write_json(options.output / "dev.json", scores)
@@ -225,7 +263,7 @@ def run(options: argparse.Namespace) -> int:
                     for dataset, values in by_name.items():
                         print(f"{kind} {domain} {language} {dataset}  nDCG@10 {values['ndcg_at_10']:.4f}")
     target = options.output / f"{name}_NoReranker.zip"
-    pack(folder, files, target, version, name)
+    pack(folder, files, target, version, name, data)
     print(f"checked and packed {len(files)} data sets: {target}")
     return 0
 

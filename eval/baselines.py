@@ -14,7 +14,8 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 from scipy import sparse
 
-from eval.encoder import ChunkedEncoder, texts_of
+import lens
+from eval.encoder import RERANKING, ChunkedEncoder, texts_of
 from eval.scoring import rank
 from lens.dense import Dense
 from lens.identity import model_files
@@ -76,7 +77,7 @@ class BM25Search:
     def __init__(self, **options: Any) -> None:
         """The options are those of `lens.search.bm25.BM25`."""
         self.options = options
-        content = repr((sorted(options.items()), version("bm25s")))
+        content = repr((sorted(options.items()), version("bm25s"), version("PyStemmer"), lens.__version__))
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name="local/bm25",
@@ -109,17 +110,25 @@ class BM25Search:
         """The `top_k` best documents of each query, those of score 0 left out, or of its candidates, all of them."""
         if self.bm25 is None:
             raise ValueError(f"{task_metadata.name}: search comes after index")
-        if task_metadata.type == "Reranking" and top_ranked is None:
+        if task_metadata.type in RERANKING and top_ranked is None:
             raise ValueError(f"{task_metadata.name}: the candidates to rerank (top_ranked) are missing")
         position = {name: i for i, name in enumerate(self.ids)}
-        found = {}
-        texts = texts_of(queries, task_metadata, PromptType.query)
-        for query, text in zip(queries["id"], texts, strict=True):
+        found: dict[str, dict[str, float]] = {}
+        asked: dict[str, list[str]] = {}
+        for query, text in zip(queries["id"], texts_of(queries, task_metadata, PromptType.query), strict=True):
+            asked.setdefault(text, []).append(query)
+        for text, names in asked.items():
             scores = self.bm25.score([text])[0]
             if top_ranked is None:
                 best = rank(scores, top_k, matching=True)
-                hits = zip(best.documents, best.scores, strict=True)
-                found[query] = {self.ids[i]: float(score) for i, score in hits}
-            else:
+                hits = {self.ids[i]: float(score) for i, score in zip(best.documents, best.scores, strict=True)}
+                found |= {query: dict(hits) for query in names}
+                continue
+            for query in names:
+                missing = next((name for name in top_ranked.get(query, ()) if name not in position), None)
+                if missing is not None:
+                    raise ValueError(
+                        f"{task_metadata.name}: candidate {missing!r} of query {query!r} is not in the corpus"
+                    )
                 found[query] = {name: float(scores[position[name]]) for name in top_ranked.get(query, ())}
         return found

@@ -26,14 +26,13 @@ import datasets
 import mteb
 from mteb.cache import ResultCache
 
-import lens
 from eval.baselines import BM25Search, dense_encoder
 from eval.encoder import ChunkedEncoder, LensEncoder
-from eval.meta import RELEASED, artifact_meta, released_meta
+from eval.meta import open_model
 from eval.snapshot import Snapshot
 from eval.submission import problems
 from eval.tasks import KINDS, LOCAL, known_tasks, local_task
-from lens.files import write_json
+from lens.files import read_json, write_json
 from lens.locks import alone
 from lens.program import interruptible
 
@@ -55,11 +54,13 @@ def parser() -> argparse.ArgumentParser:
     add("--dense-model", metavar="PATH", help="backbone of the dense baseline (the first model's own)")
     add("--dense-length", type=int, default=128, metavar="TOKENS", help="texts are cut to this length for dense (128)")
     add("--name", metavar="OWNER/MODEL", help="name of the only model in the results (local/FOLDER)")
+    add("--meta", metavar="FILE", help="JSON with what only the model's owner knows of it, for the leaderboard")
     add("--compat", choices=("official",), help="embed as the released code does, for released checkpoints")
     add("--submit-dry-run", action="store_true", help="then check the first model's results as the leaderboard will")
     add("--output", type=Path, default=Path("runs/mteb"), metavar="DIR", help="folder of all results (runs/mteb)")
-    add("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
-    add("--devices", nargs="+", metavar="DEVICE", help="several for the models, each a share of the texts")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
+    device.add_argument("--devices", nargs="+", metavar="DEVICE", help="several for the models, each a share of texts")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models' weights (as they are)")
     add("--quantization", choices=("4bit", "8bit", "int8"), help="of the models, as lens.load takes it")
     return parser
@@ -86,7 +87,13 @@ def chosen_tasks(options: argparse.Namespace) -> list[Any]:
         entry = benchmarks.get(name) or next((b for b in benchmarks.values() if name in (b.aliases or ())), None)
         if entry is None:
             raise ValueError(f"--benchmark {name!r} is unknown{_nearest(name, benchmarks)}")
-        pool |= {task.metadata.name: task for task in entry.tasks}
+        for task in entry.tasks:
+            other = pool.setdefault(task.metadata.name, task)
+            if set(other.eval_splits) != set(task.eval_splits) or set(other.hf_subsets) != set(task.hf_subsets):
+                raise ValueError(
+                    f"{task.metadata.name} is of other data in --benchmark {name!r} than in the one before: "
+                    "evaluate one benchmark at a time"
+                )
     for name in options.tasks:
         if name not in known and name not in pool:
             raise ValueError(f"--tasks {name!r} is unknown{_nearest(name, known)}")
@@ -112,6 +119,9 @@ def chosen_tasks(options: argparse.Namespace) -> list[Any]:
         found[task.metadata.name] = task
     if not found:
         raise ValueError("no task: give --benchmark, --tasks or --local")
+    other = next((task for task in found.values() if set(task.metadata.modalities) != {"text"}), None)
+    if other is not None:
+        raise ValueError(f"{other.metadata.name} is not of text alone, which is all that these models read")
     return list(found.values())
 
 
@@ -130,31 +140,17 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("nothing to evaluate: give --model or --baselines")
     if options.submit_dry_run and not options.model:
         raise ValueError("--submit-dry-run checks the results of a model: give --model")
-    if options.name and len(options.model) != 1:
-        raise ValueError(f"--name names one model, and there are {len(options.model)}")
+    for option in ("name", "meta"):
+        if getattr(options, option) and len(options.model) != 1:
+            raise ValueError(f"--{option} is of one model, and there are {len(options.model)}")
     work = options.output / "work"
-    loading = {"device": options.devices or options.device, "dtype": options.dtype}
-    loading |= {"quantization": options.quantization, "compat": options.compat}
+    devices = options.devices or options.device
+    varied = {name: getattr(options, name) for name in ("compat", "dtype", "quantization")}
     found: dict[str, Any] = {}
     for given in options.model:
-        name, separator, place = given.partition("=")
-        if not separator or Path(given).exists():
-            name, place = Path(given).name, given
+        name, model, meta = open_model(given, devices, options.name, options.meta, **varied)
         if name in found or name in BASELINES:
-            raise ValueError(f"two systems are named {name!r}: tell them apart with --model NAME={place}")
-        if not Path(place).is_dir() and place not in RELEASED:
-            raise FileNotFoundError(f"model {place} is neither a folder nor one of {', '.join(RELEASED)}")
-        model = lens.load(place, **loading)
-        own = f"local/{name}" if separator else None
-        meta = (
-            artifact_meta(model, place, options.name or own)
-            if Path(place).is_dir()
-            else released_meta(place, options.compat)
-        )
-        if options.quantization or options.dtype:
-            kinds = {"quantization": options.quantization, "dtype": options.dtype}
-            given_kinds = {key: value for key, value in kinds.items() if value}
-            meta = meta.model_copy(update={"experiment_kwargs": {**(meta.experiment_kwargs or {}), **given_kinds}})
+            raise ValueError(f"two systems are named {name!r}: tell them apart with --model NAME=DIR")
         found[name] = LensEncoder(model, meta, work)
     if "bm25" in options.baselines:
         found["bm25"] = BM25Search()
@@ -172,6 +168,8 @@ def run(options: argparse.Namespace) -> int:
     """Evaluates and writes the results; returns the number of tasks that failed, and of what is wrong with them as a
     submission."""
     tasks = chosen_tasks(options)
+    if options.verify and options.snapshot is None:
+        raise ValueError("--verify compares the files of a snapshot: give --snapshot")
     if options.snapshot is not None:
         snapshot = Snapshot(options.snapshot)
         for task in tasks:
@@ -181,21 +179,23 @@ def run(options: argparse.Namespace) -> int:
     cache = ResultCache(options.output)
     scores: dict[str, dict[str, float]] = {}
     failures: list[str] = []
-    for name, system in found.items():
-        for task in tasks:
-            if name == "bm25" and task.metadata.type not in ("Retrieval", "Reranking"):
-                continue
-            result = mteb.evaluate(
-                system, task, cache=cache, raise_error=False, show_progress_bar=False, co2_tracker=False
-            )
-            if isinstance(system, ChunkedEncoder) and not result.exceptions:
-                system.forget()
-            for error in result.exceptions or []:
-                failures.append(f"{name} on {error.task_name}: {' '.join(error.exception.split())}")
-                print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
-            for outcome in result.task_results:
-                scores.setdefault(name, {})[outcome.task_name] = outcome.get_score()
-                print(f"{outcome.task_name}  {name}  {outcome.get_score():.4f}", flush=True)
+    try:
+        check_arithmetic(options.output / "systems.json", found)
+        for name, system in found.items():
+            for task in tasks:
+                if name == "bm25" and task.metadata.type not in ("Retrieval", "Reranking"):
+                    continue
+                score, reasons = evaluated(system, task, cache)
+                for reason in reasons:
+                    failures.append(f"{name} on {reason}")
+                    print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
+                if score is not None:
+                    scores.setdefault(name, {})[task.metadata.name] = score
+                    print(f"{task.metadata.name}  {name}  {score:.4f}", flush=True)
+    finally:
+        for system in found.values():
+            if isinstance(system, LensEncoder):
+                system.model.close()
     content = summary(tasks, found, scores, failures)
     write_json(options.output / "summary.json", content)
     (options.output / "report.md").write_text("\n".join(report(content)) + "\n", encoding="utf-8")
@@ -209,11 +209,45 @@ def run(options: argparse.Namespace) -> int:
     return len(failures) + len(wrong)
 
 
+def evaluated(system: Any, task: Any, cache: ResultCache) -> tuple[float | None, list[str]]:
+    """The main score of a system on a task, over the splits and subsets that were asked for, or why there is none.
+
+    The parts of an aggregate come first, each by itself, because mteb stores the mean of what did not fail.
+    """
+    reasons: list[str] = []
+    for part in [*getattr(task.metadata, "tasks", []), task]:
+        if reasons:
+            break
+        result = mteb.evaluate(system, part, cache=cache, raise_error=False, show_progress_bar=False, co2_tracker=False)
+        reasons += [f"{error.task_name}: {' '.join(error.exception.split())}" for error in result.exceptions or []]
+        if isinstance(system, ChunkedEncoder):
+            system.forget(remove=not reasons)
+    if reasons:
+        return None, reasons
+    (outcome,) = result.task_results
+    return float(outcome.validate_and_filter_scores(task).get_score()), []
+
+
+def check_arithmetic(path: Path, found: Mapping[str, Any]) -> None:
+    """Raises ValueError where results of a model are there that were computed with weights of another dtype, as where
+    a GPU's default differs from a CPU's; notes those of new models."""
+    held = read_json(path) if path.is_file() else {}
+    for system in found.values():
+        if isinstance(system, LensEncoder):
+            meta, dtype = system.mteb_model_meta, str(system.model.model.head.weight.dtype).removeprefix("torch.")
+            key = f"{meta.name} {meta.revision} {meta.experiment_name or ''}".strip()
+            if held.setdefault(key, dtype) != dtype:
+                raise ValueError(
+                    f"{path.parent} holds results of {meta.name} in {held[key]}, and this would be {dtype}: choose "
+                    f"another --output, or --dtype {held[key]}"
+                )
+    write_json(path, held)
+
+
 def summary(
     tasks: Sequence[Any], found: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]], failures: Sequence[str]
 ) -> dict[str, Any]:
-    """The content of summary.json: main scores by system and task, and means over the tasks that every embedding
-    system has."""
+    """The content of summary.json: main scores by system and task, and their means."""
     facts = {task.metadata.name: {"type": task.metadata.type, "measure": task.metadata.main_score} for task in tasks}
     return {
         "mteb": mteb.__version__,

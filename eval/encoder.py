@@ -28,7 +28,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from eval.instructions import ASYMMETRIC, instruction_for
-from eval.running import RunningTop, inner_products
+from eval.running import BLOCK_SCORES, RunningTop, inner_products
 from lens.encoder import LENS
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ CHUNK_VALUES = 1 << 26
 """Values of the embeddings that a chunk of a corpus may take, were they dense (256 MB)."""
 PROBE = 64
 """Documents of a chunk that are embedded first, to see how sparse a model is."""
+RERANKING = ("Reranking", "InstructionReranking")
+"""Task types whose queries come with their candidates."""
+ZEROS = 8
+"""Texts from which on a model whose embeddings are all zero is taken for broken."""
 SPARSE_BELOW = 0.1
 """Share of non-zero values below which embeddings are kept sparse."""
 
@@ -45,6 +49,10 @@ SPARSE_BELOW = 0.1
 def texts_of(rows: Any, task: TaskMetadata, side: PromptType) -> list[str]:
     """The texts of queries or documents as mteb gives them to every model: title and text, query and its own
     instruction, a conversation in one line."""
+    if side == PromptType.document:  # by hand, because mteb's way writes every chunk to the disk once more
+        texts = rows["text"]
+        titles = rows["title"] if "title" in rows.column_names else [""] * len(texts)
+        return [(f"{title} {text}" if title else text).strip() for title, text in zip(titles, texts, strict=True)]
     loader = create_dataloader(rows, task_metadata=task, prompt_type=side, batch_size=1024)
     return [text for batch in loader for text in batch["text"]]
 
@@ -72,9 +80,9 @@ class ChunkedEncoder(AbsEncoder):
         self.corpus: Any = None
         self.searches: list[Path] = []
 
-    def forget(self) -> None:
-        """Removes the files of the searches so far, once their results are kept elsewhere."""
-        for path in self.searches:
+    def forget(self, remove: bool = True) -> None:
+        """Forgets the searches so far, and removes their files once their results are kept elsewhere."""
+        for path in self.searches if remove else ():
             path.unlink(missing_ok=True)
         self.searches.clear()
 
@@ -126,7 +134,7 @@ class ChunkedEncoder(AbsEncoder):
         task = task_metadata
         if self.corpus is None:
             raise ValueError(f"{task.name}: search comes after index")
-        if task.type == "Reranking" and top_ranked is None:
+        if task.type in RERANKING and top_ranked is None:
             raise ValueError(
                 f"{task.name}: the candidates to rerank (top_ranked) are missing, and a search of the whole corpus "
                 "would be another task: fetch the data set again, all of it"
@@ -135,9 +143,7 @@ class ChunkedEncoder(AbsEncoder):
         texts = texts_of(queries, task, PromptType.query)
         unique = list(dict.fromkeys(texts))
         row = {text: number for number, text in enumerate(unique)}
-        vectors = self._embed(unique, task, PromptType.query, "csr")
-        if vectors.nnz >= SPARSE_BELOW * vectors.shape[0] * vectors.shape[1]:
-            vectors = vectors.toarray()
+        vectors = self._either(unique, task, PromptType.query)
         if top_ranked is not None:
             return self._rerank(task, ids, [row[text] for text in texts], vectors, top_ranked, top_k)
         found = self._search(task, f"{task.name}-{hf_subset}-{hf_split}", unique, vectors, top_k)
@@ -162,7 +168,7 @@ class ChunkedEncoder(AbsEncoder):
         with bar:
             while found.seen < size:
                 part = self.corpus.select(range(found.seen, min(found.seen + self.chunk, size)))
-                documents = self._documents(texts_of(part, task, PromptType.document), task)
+                documents = self._either(texts_of(part, task, PromptType.document), task, PromptType.document)
                 found.add(inner_products(vectors, documents, self.device), len(part))
                 bar.update(len(part))
                 if path is not None:
@@ -178,34 +184,42 @@ class ChunkedEncoder(AbsEncoder):
         candidates: dict[str, list[str]],
         top_k: int,
     ) -> dict[str, dict[str, float]]:
-        position = {document: number for number, document in enumerate(self.corpus["id"])}
-        answers: dict[str, dict[str, float]] = {query: {} for query in ids}
-        asked: dict[int, list[tuple[str, int]]] = {}
-        for query, row in zip(ids, rows, strict=True):
-            for document in candidates.get(query, ()):
-                if document not in position:
-                    raise ValueError(f"{task.name}: candidate {document!r} of query {query!r} is not in the corpus")
-                asked.setdefault(position[document], []).append((query, row))
-        wanted = sorted(asked)
         names = list(self.corpus["id"])
+        position = {document: number for number, document in enumerate(names)}
+        places = []  # of each query's candidates in the corpus
+        for query in ids:
+            found = [position.get(document, -1) for document in candidates.get(query, ())]
+            if -1 in found:
+                missing = candidates[query][found.index(-1)]
+                raise ValueError(f"{task.name}: candidate {missing!r} of query {query!r} is not in the corpus")
+            places.append(np.array(found, dtype=np.int64))
+        wanted = np.unique(np.concatenate(places)) if places else np.array([], dtype=np.int64)
+        scores = [np.zeros(len(found), dtype=np.float32) for found in places]
+        by_row = np.argsort(rows, kind="stable")
+        sorted_rows = np.array(rows, dtype=np.int64)[by_row]
         for start in range(0, len(wanted), self.chunk):
-            places = wanted[start : start + self.chunk]
-            documents = self._documents(texts_of(self.corpus.select(places), task, PromptType.document), task)
-            pairs = [(query, row, at) for at, place in enumerate(places) for query, row in asked[place]]
-            for first in range(0, len(pairs), self.chunk):
-                block = pairs[first : first + self.chunk]
-                scores = _rowwise(vectors[[row for _, row, _ in block]], documents[[at for _, _, at in block]])
-                for (query, _, at), score in zip(block, scores, strict=True):
-                    answers[query][names[places[at]]] = float(score)
-        return {
-            query: dict(sorted(scores.items(), key=lambda item: (-item[1], position[item[0]]))[:top_k])
-            for query, scores in answers.items()
-        }
+            part = wanted[start : start + self.chunk]
+            texts = texts_of(self.corpus.select(part), task, PromptType.document)
+            product = inner_products(vectors, self._either(texts, task, PromptType.document), self.device)
+            step = max(1, BLOCK_SCORES // len(part))
+            for first in range(0, vectors.shape[0], step):
+                block = product(slice(first, first + step))
+                near = np.searchsorted(sorted_rows, [first, first + step])
+                for query in by_row[slice(*near)]:
+                    columns = np.searchsorted(part, places[query])
+                    held = (columns < len(part)) & (part[np.minimum(columns, len(part) - 1)] == places[query])
+                    scores[query][held] = block[rows[query] - first, columns[held]]
+        answers = {}
+        for query, found, values in zip(ids, places, scores, strict=True):
+            best = np.lexsort((found, -values))[:top_k]
+            answers[query] = {names[i]: float(value) for i, value in zip(found[best], values[best], strict=True)}
+        return answers
 
-    def _documents(self, texts: list[str], task: TaskMetadata) -> Any:
-        probe = self._embed(texts[:PROBE], task, PromptType.document, "csr")
+    def _either(self, texts: list[str], task: TaskMetadata, side: PromptType) -> Any:
+        """Embeddings, sparse where a sample of them is, else dense."""
+        probe = self._embed(texts[:PROBE], task, side, "csr")
         few = probe.nnz < SPARSE_BELOW * probe.shape[0] * probe.shape[1]
-        return self._embed(texts, task, PromptType.document, "csr" if few else "numpy")
+        return self._embed(texts, task, side, "csr" if few else "numpy")
 
     def _embed(self, texts: list[str], task: TaskMetadata, side: PromptType | None, output: str) -> Any:
         """Embeddings (N, K), each distinct text embedded once."""
@@ -219,16 +233,28 @@ class ChunkedEncoder(AbsEncoder):
             vectors = embed(unique)
         except FloatingPointError as error:
             raise ValueError(f"{task.name}: {error}; the first such text: {_culprit(embed, unique)!r:.80}") from error
-        if not (vectors.count_nonzero() if sparse.issparse(vectors) else vectors.any()):
-            words = next((text for text in unique if text.strip()), None)
-            if words is not None:
-                raise ValueError(f"{task.name}: all {len(unique)} embeddings are zero, even that of {words!r:.80}")
+        values = vectors.data if sparse.issparse(vectors) else vectors
+        if not np.isfinite(values).all():
+            bad = next(text for text in unique if not np.isfinite(self.vectors([text], task, side, "numpy")).all())
+            raise ValueError(f"{task.name}: the embedding of {bad!r:.80} is not finite")
+        worded = [text for text in unique if text.strip()]
+        if len(worded) >= ZEROS and not values.any():
+            raise ValueError(f"{task.name}: all {len(unique)} embeddings are zero, even that of {worded[0]!r:.80}")
         return vectors if len(unique) == len(texts) else vectors[[row[text] for text in texts]]
 
     def _identity(self, task: TaskMetadata, queries: Sequence[str], k: int) -> str:
         """A hash of all that decides a search: model, queries, corpus, number of hits."""
         meta = self.mteb_model_meta
-        facts = [meta.name, meta.revision, self.facts, task.name, instruction_for(task), k, self.chunk]
+        facts = [
+            meta.name,
+            meta.revision,
+            meta.experiment_kwargs,
+            self.facts,
+            task.name,
+            instruction_for(task),
+            k,
+            self.chunk,
+        ]
         digest = hashlib.sha256(json.dumps(facts, default=str).encode())
         for text in queries:
             digest.update(text.encode() + b"\0")
@@ -253,11 +279,11 @@ class LensEncoder(ChunkedEncoder):
 
     @property
     def facts(self) -> Any:
-        return self.model.config.to_dict()
+        return [self.model.config.to_dict(), str(self.model.model.head.weight.dtype)]
 
     def vectors(self, texts: Sequence[str], task: TaskMetadata, side: PromptType | None, output: str) -> Any:
         plain = self.model.config.prompt == "plain"
-        if side == PromptType.document or (plain and task.type not in ASYMMETRIC):
+        if side == PromptType.document if task.type in ASYMMETRIC else plain:
             return self.model.encode_documents(texts, output=output)
         instruction = None if plain else instruction_for(task)
         return self.model.encode_queries(texts, instruction=instruction, output=output)
@@ -279,10 +305,3 @@ def _culprit(embed: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> str
         else:
             texts = texts[len(half) :]
     return texts[0]
-
-
-def _rowwise(left: Any, right: Any) -> NDArray[np.float32]:
-    """Inner products of corresponding rows: (n, K), (n, K) -> (n,)"""
-    if sparse.issparse(left) or sparse.issparse(right):
-        return np.asarray(sparse.csr_matrix(left).multiply(sparse.csr_matrix(right)).sum(1)).ravel()
-    return np.einsum("nk,nk->n", left, right)

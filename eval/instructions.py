@@ -1,8 +1,8 @@
 """The instruction of every mteb task, as the released LENS evaluation gives it to queries.
 
 `instructions.json` holds them: `tasks` for MTEB(eng, v1), `aliases` from other versions of a task to that one, `types`
-for the rest. They are inputs of the model, so every letter counts; all end with a full stop. The twelve parts of
-CQADupstack have none of their own in the released evaluation, and take that of their type.
+for the rest. They are inputs of the model, so every letter counts; all end with a full stop. STS, SummEval and the
+twelve parts of CQADupstack have none of their own in the released evaluation, and take those of their types.
 """
 
 from __future__ import annotations
@@ -33,4 +33,4 @@ def instruction_for(task: TaskMetadata) -> str:
         return table["tasks"][name]
     prompt = task.prompt.get("query") if isinstance(task.prompt, dict) else task.prompt
     found = prompt or table["types"].get(task.type, table["types"]["Retrieval"])
-    return found if found.endswith(".") else found + "."
+    return found if found.endswith((".", "?", "!")) else found + "."

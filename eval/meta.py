@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,72 @@ import lens
 from eval.encoder import LensEncoder
 from lens.card import read_facts
 from lens.encoder import LENS
-from lens.identity import model_files
+from lens.files import read_json
+from lens.identity import sha256
+from lens.model import fetch
 
 RELEASED = ("yibinlei/LENS-d4000", "yibinlei/LENS-d8000")
 """Checkpoints that mteb knows, without a loader of its own."""
 
 
-def released_meta(name: str, compat: str | None = None) -> ModelMeta:
-    """mteb's entry of a released checkpoint, which can then be loaded: as `lens.load` embeds, or with
-    compat="official" as the released code does, which goes into the results as an experiment of its own."""
-    loader = functools.partial(load_encoder, **({"compat": compat} if compat else {}))
-    experiment = {"compat": compat} if compat else None
-    return mteb.get_model_meta(name).model_copy(update={"loader": loader, "experiment_kwargs": experiment})
+FILES = ("*.json", "*.safetensors", "*.bin", "*.pth", "*.model", "*.txt")
+"""What of a model's folder is part of its revision, in subfolders too, checkpoints of training aside."""
+FILLED = (
+    "release_date", "languages", "license", "open_weights", "public_training_code", "public_training_data",
+    "training_datasets", "reference", "adapted_from", "citation", "contacts",
+)  # fmt: skip
+"""Fields of a ModelMeta that only the model's owner knows."""
 
 
-def revision_of(folder: str | os.PathLike[str]) -> str:
-    """40 hexadecimal digits of a model folder's content, so that results of another model never pass for its own."""
-    files = json.dumps(model_files(folder), sort_keys=True)
-    return hashlib.sha256(files.encode()).hexdigest()[:40]
+def released_meta(name: str, **options: Any) -> ModelMeta:
+    """mteb's entry of a released checkpoint, which can then be loaded. `options` are those of `lens.load` by which its
+    embeddings differ, see `variant`."""
+    return variant(mteb.get_model_meta(name), load_encoder, **options)
 
 
-def artifact_meta(model: LENS, folder: str | os.PathLike[str], name: str | None = None) -> ModelMeta:
+def variant(meta: ModelMeta, loader: Callable[..., Any], **options: Any) -> ModelMeta:
+    """The metadata of a model that is loaded with options such as compat="official" or dtype="bfloat16". They go into
+    its loader, and into the results as an experiment of their own."""
+    given = {name: value for name, value in options.items() if value is not None}
+    changes = {"loader": functools.partial(loader, **given), "experiment_kwargs": given or None}
+    return meta.model_copy(update=changes)
+
+
+def revision_of(folder: str | os.PathLike[str], base: str | None = None) -> str:
+    """40 hexadecimal digits of a model folder's content, and of its backbone's where that is another folder, so that
+    results of another model never pass for its own. Every byte is read: minutes for tens of GB."""
+    places = [Path(folder), *([Path(base)] if base and Path(base).is_dir() else [])]
+    lines = []
+    for number, place in enumerate(places):
+        for path in sorted({path for pattern in FILES for path in place.rglob(pattern) if path.is_file()}):
+            inside = path.relative_to(place)
+            if not any(part.startswith(("checkpoint-", ".")) for part in inside.parts):
+                lines.append(f"{number} {inside.as_posix()} {sha256(path)}")
+    if not lines:
+        raise ValueError(f"{folder} holds no file of a model")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
+
+
+def filled(meta: ModelMeta, path: str | os.PathLike[str]) -> ModelMeta:
+    """The metadata with the fields of a JSON file, which only the model's owner knows.
+
+    Raises FileNotFoundError or ValueError naming file and field.
+    """
+    values = read_json(path)
+    unknown = sorted(values.keys() - set(FILLED))
+    if unknown:
+        raise ValueError(f"{path}: {unknown[0]!r} is no field to fill; there are {', '.join(FILLED)}")
+    try:
+        return ModelMeta.model_validate({**dict(meta), **values})
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def artifact_meta(
+    model: LENS, folder: str | os.PathLike[str], name: str | None = None, commit: str | None = None, **options: Any
+) -> ModelMeta:
     """The ModelMeta of one of our artifacts, or of a SPLADE checkpoint, in a folder; `name` is OWNER/MODEL, by default
-    local/FOLDER.
+    local/FOLDER, `commit` its revision on the hub, by default a hash of its files, `options` those of `variant`.
 
     What only its owner knows (release date, public code and data, languages) is left open. Raises ValueError for a
     name without an owner.
@@ -51,10 +95,10 @@ def artifact_meta(model: LENS, folder: str | os.PathLike[str], name: str | None 
     embedding = module.backbone.get_input_embeddings()
     parameters = [*module.parameters(), *module.buffers()]
     facts = read_facts(folder)
-    return ModelMeta(
-        loader=functools.partial(load_encoder, path=folder),
+    meta = ModelMeta(
+        loader=None,
         name=name,
-        revision=revision_of(folder),
+        revision=commit or revision_of(folder, config.base),
         release_date=None,
         languages=None,
         n_parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -73,6 +117,7 @@ def artifact_meta(model: LENS, folder: str | os.PathLike[str], name: str | None 
         adapted_from=config.base if not Path(config.base).is_absolute() else Path(config.base).name,
         model_type=["dense" if config.head == "dense" else "sparse"],
     )
+    return variant(meta, functools.partial(load_encoder, path=None if commit else folder), **options)
 
 
 def load_encoder(
@@ -86,7 +131,39 @@ def load_encoder(
     """What mteb calls to load a model: the folder at `path`, else the hub's `name` at `revision`. `options` are those
     of `lens.load`. Raises what `lens.load` raises, and ValueError for a folder that changed since it was named."""
     model = lens.load(path or name, device=device, revision=None if path else revision, **options)
-    meta = artifact_meta(model, path, name) if path else released_meta(name, options.get("compat"))
+    if name in RELEASED and path is None:
+        meta = released_meta(name, **options)
+    else:
+        meta = artifact_meta(model, path or fetch(name, revision), name, None if path else revision, **options)
     if revision is not None and meta.revision != revision:
         raise ValueError(f"{path or name} is of revision {meta.revision}, not {revision}: its files have changed")
     return LensEncoder(model, meta, work)
+
+
+def open_model(
+    given: str, device: Any = None, name: str | None = None, fill: str | None = None, **options: Any
+) -> tuple[str, LENS, ModelMeta]:
+    """A model of a command line, as [NAME=]DIR, a released checkpoint or a model of the hub: what it is called here,
+    itself, and its metadata. `options` are those of `lens.load` by which its embeddings differ.
+
+    Raises FileNotFoundError or ValueError naming what was given, and what `lens.load` raises.
+    """
+    short, separator, place = given.partition("=")
+    if not separator or Path(given).exists():
+        short, place, separator = Path(given).name, given, ""
+    if Path(place).is_dir():
+        model = lens.load(place, device=device, **options)
+        meta = artifact_meta(model, place, name or (f"local/{short}" if separator else None), **options)
+    elif place in RELEASED:
+        if name or fill:
+            raise ValueError(f"{place} has its name and metadata from mteb: leave out --name and --meta")
+        meta = released_meta(place, **options)
+        model = lens.load(place, device=device, revision=meta.revision, **options)
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
+        folder = fetch(place)
+        commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
+        model = lens.load(folder, device=device, **options)
+        meta = artifact_meta(model, folder, name or place, commit, **options)
+    else:
+        raise FileNotFoundError(f"model {place} is neither a folder nor a name OWNER/MODEL of the hub")
+    return short, model, meta if fill is None else filled(meta, fill)

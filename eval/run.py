@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -398,7 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if any(argument.partition("=")[0] in MTEB_OPTIONS for argument in given):
         require("mteb", "mteb")
-        if "air-bench" in [value for argument in given for value in argument.split("=")]:
+        words = [word for argument in given for word in argument.split("=", 1)]
+        if ("--benchmark", "air-bench") in pairwise(words):
             from eval.airbench import main as air_bench
 
             return air_bench(given)

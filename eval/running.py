@@ -98,13 +98,15 @@ def inner_products(
         return lambda rows: (queries[rows] @ lists).toarray()
     dense: Any = documents.toarray() if sparse.issparse(documents) else documents
     if device is not None and device.type != "cpu":
-        held = torch.from_numpy(dense).to(device)
-
-        def on_device(rows: slice) -> NDArray[np.float32]:
-            return (torch.from_numpy(_dense(queries[rows])).to(device) @ held.T).cpu().numpy()
-
-        return on_device
+        return _on_device(queries, dense, device)
     return lambda rows: _dense(queries[rows]) @ dense.T
+
+
+def _on_device(
+    queries: Embeddings, documents: NDArray[np.float32], device: torch.device
+) -> Callable[[slice], NDArray[np.float32]]:
+    held = torch.from_numpy(documents).to(device)
+    return lambda rows: (torch.from_numpy(_dense(queries[rows])).to(device) @ held.T).cpu().numpy()
 
 
 def _dense(embeddings: Embeddings) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lens.files import read_json, write_json
-from lens.identity import digest
+from lens.identity import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -62,7 +62,7 @@ class Snapshot:
         self.datasets[f"{name}@{revision}"] = {
             "tasks": sorted({*known, *tasks}),
             "files": {
-                path.relative_to(place).as_posix(): {"size": path.stat().st_size, "sha256": digest(path)}
+                path.relative_to(place).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
                 for path in files
             },
         }
@@ -91,7 +91,7 @@ class Snapshot:
             if size != facts["size"]:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(f"{name}: {path} {found}, expected {facts['size']} bytes: fetch it again")
-            if verify and digest(path) != facts["sha256"]:
+            if verify and sha256(path) != facts["sha256"]:
                 raise ValueError(f"{name}: {path} has another content than when it was fetched: fetch it again")
         return place
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mteb
+from mteb.cache import ResultCache
 from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 from packaging.version import InvalidVersion, Version
@@ -36,7 +37,7 @@ def problems(results: Path, meta: ModelMeta, tasks: Iterable[str], known: Mappin
 
     `tasks` are those that should be there, `known` mteb's own (task -> type) where others than the registry's count.
     """
-    folder = results / meta.model_name_as_path() / str(meta.revision)
+    folder = ResultCache(results.parent).get_task_result_path("any", meta).parent
     if not folder.is_dir():
         return [f"{folder} does not exist: evaluate first"]
     known = known_tasks() if known is None else known

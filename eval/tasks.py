@@ -33,7 +33,7 @@ from mteb.abstasks.text.summarization import AbsTaskSummarization
 
 from lens.corpus import read_beir
 from lens.files import read_jsonl
-from lens.identity import digest
+from lens.identity import sha256
 
 KINDS = ("retrieval", "reranking", "sts", "pair", "classification", "clustering", "summarization")
 SPLITS = ("test", "dev", "validation")
@@ -120,8 +120,13 @@ def _build(folder: Path, name: str, kind: str) -> AbsTask:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    found = {path.name.split(".jsonl")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
-    return {split: path for split, path in found.items() if path.name.endswith((".jsonl", ".jsonl.gz"))}
+    found: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz"))):
+        split = path.name.split(".jsonl")[0]
+        if split in found:
+            raise ValueError(f"{folder} has both {found[split].name} and {path.name}: remove one")
+        found[split] = path
+    return found
 
 
 def _kind(folder: Path) -> str:
@@ -159,7 +164,7 @@ def _split(folder: Path, kind: str) -> str:
 
 def _revision(folder: Path) -> str:
     paths = sorted(path for pattern in ("*.jsonl*", "qrels/*.tsv") for path in folder.glob(pattern))
-    content = "\n".join(f"{path.relative_to(folder)} {digest(path)}" for path in paths)
+    content = "\n".join(f"{path.relative_to(folder)} {sha256(path)}" for path in paths)
     return hashlib.sha256(content.encode()).hexdigest()[:40]
 
 

@@ -21,6 +21,12 @@ def digest(path: Path) -> str:
     return _digest_of(path, stat.st_size, stat.st_mtime_ns)
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a whole file, however large."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @functools.cache  # a resumed run asks several times
 def _digest_of(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:

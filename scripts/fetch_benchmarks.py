@@ -25,9 +25,17 @@ from lens.program import interruptible
 
 def fetch(name: str, revision: str, place: Path) -> None:
     """Downloads a data set's repository into a folder; what is there in full is not downloaded again."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    snapshot_download(name, repo_type="dataset", revision=revision, local_dir=place)
+    try:
+        snapshot_download(name, repo_type="dataset", revision=revision, local_dir=place)
+        facts = HfApi().dataset_info(name, revision=revision, files_metadata=True)
+    except Exception as error:  # of the hub, of its HTTP library, of the disk: whatever it is, the name helps
+        raise OSError(f"{name} at revision {revision} could not be fetched: {error}") from error
+    for file in facts.siblings or []:  # without a network a folder that is there in part counts as downloaded
+        path = place / file.rfilename
+        if file.size is not None and (not path.is_file() or path.stat().st_size != file.size):
+            raise OSError(f"{name} at revision {revision} came in part: {file.rfilename} should have {file.size} bytes")
 
 
 @interruptible("scripts/fetch_benchmarks.py", "the same command goes on with the data set it was at")
@@ -54,10 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 except (FileNotFoundError, ValueError):
                     if f"{name}@{revision}" in snapshot.datasets:  # damaged since, which a download may not notice
                         shutil.rmtree(place, ignore_errors=True)
-                    try:
-                        fetch(name, revision, place)
-                    except (OSError, ValueError) as error:
-                        raise OSError(f"{name} at revision {revision} could not be fetched: {error}") from error
+                    fetch(name, revision, place)
                     snapshot.add(name, revision, sorted(tasks))
                     state = "fetched"
                 print(f"[{number}/{len(wanted)}] {name} at {revision[:8]}: {state}", flush=True)

@@ -85,8 +85,16 @@ def test_the_whole_path(
         assert found["ndcg_at_10"] == pytest.approx(by_hand, abs=1e-5)
         assert "qa news en default  nDCG@10 " in out
 
+    torn = output / "search_results" / "tiny" / "NoReranker" / "qa" / "news" / "en_default_test.json"
+    whole = torn.read_text()
+    torn.write_text(whole[:100])
+    assert run(model, data, output, version) == 0
+    assert json.loads(torn.read_text()) == json.loads(whole)
     monkeypatch.setattr(lens.LENS, "encode", lambda *_, **__: pytest.fail("searched again"))
     assert run(model, data, output, version) == 0
+    capsys.readouterr()
+    assert run(model, data, output, version, "--instruction", "Find it.") == 2
+    assert "holds hits of a run with another instruction: choose another --output" in capsys.readouterr().err
 
 
 def test_files_of_a_complete_run() -> None:
@@ -116,7 +124,9 @@ def test_hits_that_the_leaderboard_would_refuse(change: dict[str, Any], message:
         "domain": "news", "search_results": {"q": {"d": 0.5}},
     }  # fmt: skip
     path.write_text(json.dumps(whole))
-    check_hits(path, "AIR-Bench_24.04", "tiny")
+    check_hits(path, "AIR-Bench_24.04", "tiny", ["q"])
+    with pytest.raises(ValueError, match="query 'other' has no hits"):
+        check_hits(path, "AIR-Bench_24.04", "tiny", ["q", "other"])
     path.write_text(json.dumps({**whole, **change}))
     with pytest.raises(ValueError, match=message):
         check_hits(path, "AIR-Bench_24.04", "tiny")
@@ -133,6 +143,7 @@ def test_bad_command_lines(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--task-types", "chat"], "Invalid task type: chat"),
         (["--languages", "xx"], "Invalid language: xx"),
         (["--domains", "law", "--air-data", str(data)], "has no qa_law_en"),
+        (["--domains", "law", "--languages", "zh"], "has no qa in zh of law"),
     ]
     for more, message in cases:
         assert main([*given, *more]) == 2
@@ -140,4 +151,4 @@ def test_bad_command_lines(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert error.startswith("error: ")
         assert message in error
     assert main([*given[2:], "--model", str(tmp_path / "gone")]) == 2
-    assert "is neither a folder nor one of" in capsys.readouterr().err
+    assert "is neither a folder nor a name OWNER/MODEL" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mteb
@@ -16,7 +17,7 @@ from sklearn.metrics import average_precision_score
 from test_eval_program import DOCUMENTS, write_beir
 
 import lens
-from eval.benchmark import chosen_tasks, means, parser
+from eval.benchmark import chosen_tasks, evaluated, means, parser
 from eval.run import main
 from eval.running import RunningTop
 from eval.tasks import KINDS, local_task
@@ -213,6 +214,50 @@ def test_tasks_of_a_benchmark() -> None:
     assert list(msmarco.eval_splits) == ["dev"]  # as the benchmark has it
 
 
+def test_only_what_was_asked_for_is_averaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def block(subset: str, score: float) -> dict[str, Any]:
+        return {"hf_subset": subset, "main_score": score, "languages": ["eng-Latn"], "mteb_version": "2.26.0"}
+
+    whole = mteb.results.TaskResult(
+        task_name="STS22", dataset_revision="x", mteb_version="2.26.0", evaluation_time=1.0,
+        scores={"test": [block("en", 1.0), *(block(name, 0.0) for name in ("de", "es", "pl"))]},
+    )  # fmt: skip
+    (task,) = chosen_tasks(parser().parse_args(["--benchmark", "MTEB(eng, v1)", "--tasks", "STS22"]))
+    answer = SimpleNamespace(exceptions=None, task_results=[whole])
+    monkeypatch.setattr(mteb, "evaluate", lambda *_, **__: answer)
+    assert evaluated(object(), task, None) == (1.0, [])
+
+
+def test_an_aggregate_fails_with_its_part_and_is_mended_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = chosen_tasks(parser().parse_args(["--tasks", "CQADupstackRetrieval"]))
+    asked: list[str] = []
+
+    def evaluate(_: Any, part: Any, **__: Any) -> Any:
+        asked.append(part.metadata.name)
+        error = SimpleNamespace(task_name=part.metadata.name, exception="lost")
+        return SimpleNamespace(exceptions=[error] if part.metadata.name == "CQADupstackGisRetrieval" else None)
+
+    monkeypatch.setattr(mteb, "evaluate", evaluate)
+    assert evaluated(object(), task, None) == (None, ["CQADupstackGisRetrieval: lost"])
+    assert "CQADupstackRetrieval" not in asked  # its mean is never stored
+
+
+def test_variants_and_dtypes_are_kept_apart(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beir, output = str(write_beir(tmp_path / "beir")), tmp_path / "out"
+    assert evaluate(model, output, "--local", beir) == 0
+    assert evaluate(model, output, "--local", beir, "--dtype", "bfloat16") == 0
+    (revision,) = (output / "results" / "local__tiny").iterdir()
+    assert (revision / "beir.json").is_file()
+    (variant,) = (revision / "experiments").iterdir()
+    assert (variant / "beir.json").is_file()
+    held = json.loads((output / "systems.json").read_text())
+    assert sorted(held.values()) == ["bfloat16", "float32"]
+    held = dict.fromkeys(held, "bfloat16")
+    (output / "systems.json").write_text(json.dumps(held))
+    assert evaluate(model, output, "--local", beir) == 2
+    assert "holds results of local/tiny in bfloat16, and this would be float32" in capsys.readouterr().err
+
+
 def test_means_stand_only_for_all_their_tasks() -> None:
     tasks = {"a": {"type": "STS"}, "b": {"type": "STS"}, "c": {"type": "Retrieval"}}
     assert means(tasks, {"a": 0.5, "b": 0.7, "c": 0.1}) == pytest.approx({"STS": 0.6, "Retrieval": 0.1, "all": 1.3 / 3})
@@ -300,6 +345,9 @@ def test_bad_command_lines(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--local", str(beir), str(beir)], "two --local tasks are named 'beir'"),
         (["--local", str(tmp_path / "gone")], "gone does not exist"),
         (["--local", str(beir), "--name", "mine"], "OWNER/MODEL; found 'mine'"),
+        (["--local", str(beir), "--verify"], "--verify compares the files of a snapshot"),
+        (["--tasks", "CIFAR10Clustering"], "CIFAR10Clustering is not of text alone"),
+        (["--local", str(beir), "--meta", str(tmp_path / "meta.json")], "meta.json"),
         (["--local", str(beir), "--baselines", "dense", "--dense-model", str(tmp_path / "gone")], "gone"),
     ]
     for given, message in cases:
@@ -310,7 +358,7 @@ def test_bad_command_lines(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["--local", str(beir), "--output", str(output)]) == 2
     assert "give --model or --baselines" in capsys.readouterr().err
     assert main(["--model", str(tmp_path / "no"), "--local", str(beir), "--output", str(output)]) == 2
-    assert "is neither a folder nor one of yibinlei/LENS-d4000" in capsys.readouterr().err
+    assert "is neither a folder nor a name OWNER/MODEL of the hub" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_share_an_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+import torch
 from conftest import SENTENCES
 from datasets import Dataset
 from mteb.models.models_protocols import EncoderProtocol, SearchProtocol
@@ -17,10 +18,10 @@ from mteb.types import PromptType
 from scipy import sparse
 
 import lens
-from eval.encoder import LensEncoder
+from eval.encoder import LensEncoder, texts_of
 from eval.instructions import instruction_for
-from eval.meta import RELEASED, artifact_meta, released_meta
-from eval.running import RunningTop, inner_products
+from eval.meta import RELEASED, artifact_meta, filled, open_model, released_meta, revision_of
+from eval.running import RunningTop, _on_device, inner_products
 from lens.search.exact import search
 
 STS, RETRIEVAL, RERANKING = (
@@ -144,7 +145,7 @@ def test_instructions_go_where_the_paper_puts_them(encoder: LensEncoder) -> None
     loader = [{"text": texts[:3]}, {"text": texts[3:]}]
     cases = [
         (STS, None, queries[STS.name]),
-        (STS, PromptType.document, documents),
+        (STS, PromptType.document, queries[STS.name]),  # both sides of a symmetric task
         (RETRIEVAL, PromptType.query, queries[RETRIEVAL.name]),
         (RETRIEVAL, PromptType.document, documents),
     ]
@@ -225,8 +226,9 @@ def test_reranking_orders_the_candidates_alone(encoder: LensEncoder) -> None:
         wanted = {name: scores[number, int(name[1:])] for name in names}
         assert list(found[f"q{number}"]) == sorted(wanted, key=lambda name: -wanted[name])
         assert found[f"q{number}"] == pytest.approx(wanted, abs=1e-6)
-    with pytest.raises(ValueError, match=r"AskUbuntuDupQuestions: the candidates to rerank \(top_ranked\) are missing"):
-        find(encoder, RERANKING)
+    for task in (RERANKING, mteb.get_task("Core17InstructionRetrieval").metadata):
+        with pytest.raises(ValueError, match=rf"{task.name}: the candidates to rerank \(top_ranked\) are missing"):
+            find(encoder, task)
     with pytest.raises(ValueError, match="candidate 'd99' of query 'q0' is not in the corpus"):
         find(encoder, RERANKING, top_ranked={"q0": ["d99"]})
 
@@ -245,9 +247,41 @@ def test_broken_models_are_named_with_task_and_text(encoder: LensEncoder, monkey
     ):
         encoder.encode([{"text": SENTENCES}], task_metadata=STS)
     monkeypatch.setattr(encoder.model, "encode", lambda texts, *a, **o: 0 * encode(texts, *a, **o))
-    with pytest.raises(ValueError, match=f"STSBenchmark: all 5 embeddings are zero, even that of '{SENTENCES[0][:20]}"):
-        encoder.encode([{"text": SENTENCES[:5]}], task_metadata=STS)
+    with pytest.raises(ValueError, match=f"STSBenchmark: all 8 embeddings are zero, even that of '{SENTENCES[0][:20]}"):
+        encoder.encode([{"text": [f"{SENTENCES[0]} {i}" for i in range(8)]}], task_metadata=STS)
+    assert not encoder.encode([{"text": SENTENCES[:4]}], task_metadata=STS).any()  # few may share nothing
     assert not encoder.encode([{"text": ["", "  "]}], task_metadata=STS).any()  # nothing to embed is no error
+
+
+def test_values_that_are_not_finite_are_named_whatever_the_model(encoder: LensEncoder) -> None:
+    vectors = encoder.vectors
+
+    def spoilt(texts: Any, *arguments: Any) -> Any:
+        found = vectors(texts, *arguments)
+        return np.where(np.array([text == SENTENCES[2] for text in texts])[:, None], np.nan, found)
+
+    encoder.vectors = spoilt  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=f"STSBenchmark: the embedding of '{SENTENCES[2][:20]}.* is not finite"):
+        encoder.encode([{"text": SENTENCES}], task_metadata=STS)
+
+
+def test_documents_are_read_as_mteb_reads_them() -> None:
+    from mteb._create_dataloaders import create_dataloader
+
+    texts = ["  a text ", "b", "", " c"]
+    for columns in ({"title": ["T", "", " U ", "V"]}, {}):
+        rows = Dataset.from_dict({"id": list("abcd"), "text": texts, **columns})
+        loader = create_dataloader(rows, task_metadata=RETRIEVAL, prompt_type=PromptType.document)
+        wanted = [text for batch in loader for text in batch["text"]]
+        assert texts_of(rows, RETRIEVAL, PromptType.document) == wanted
+
+
+def test_the_devices_products_are_those_of_the_cpu() -> None:
+    rng = np.random.default_rng(2)
+    queries, documents = rng.random((7, 5), np.float32), rng.random((9, 5), np.float32)
+    for form in (queries, sparse.csr_matrix(queries)):
+        product = _on_device(form, documents, torch.device("cpu"))
+        np.testing.assert_allclose(product(slice(2, 6)), queries[2:6] @ documents.T, rtol=1e-6)
 
 
 def test_metadata_tells_the_model_and_no_path(folder: Path) -> None:
@@ -267,6 +301,44 @@ def test_metadata_tells_the_model_and_no_path(folder: Path) -> None:
         artifact_meta(model, folder, "mine")
 
 
+def test_a_revision_is_a_hash_of_all_that_is_read(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    model, base = shutil.copytree(folder, tmp_path / "model"), tmp_path / "base"
+    first = revision_of(model)
+    (model / "checkpoint-5").mkdir()
+    (model / "checkpoint-5" / "model.safetensors").write_bytes(b"x")
+    (model / "README.md").write_text("words")
+    assert revision_of(model) == first
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    assert revision_of(model, str(base)) != first  # whose backbone lies elsewhere
+    seen = {first}
+    for name in ("1_Pooling/config.json", "vocab.txt", "embedding/lm_head.pth", "tokenizer.model"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("content")
+        seen.add(revision_of(model))
+    assert len(seen) == 5
+    with pytest.raises(ValueError, match="holds no file of a model"):
+        revision_of(model / "checkpoint-5" / "none")
+
+
+def test_what_only_the_owner_knows_comes_from_a_file(folder: Path, tmp_path: Path) -> None:
+    meta = artifact_meta(lens.load(folder, device="cpu"), folder)
+    file = tmp_path / "meta.json"
+    file.write_text(json.dumps({"release_date": "2026-01-02", "languages": ["eng-Latn"], "training_datasets": ["NQ"]}))
+    found = filled(meta, file)
+    assert (found.release_date, found.languages, found.training_datasets) == ("2026-01-02", ["eng-Latn"], {"NQ"})
+    assert (found.name, found.revision, found.loader) == (meta.name, meta.revision, meta.loader)
+    for content, message in (
+        ({"revision": "x"}, "'revision' is no field to fill"),
+        ({"languages": ["xx"]}, "meta.json"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            filled(meta, file)
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_checkpoints_have_a_loader(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert mteb.get_model_meta(name).loader is None
@@ -278,10 +350,15 @@ def test_released_checkpoints_have_a_loader(name: str, monkeypatch: pytest.Monke
         return SimpleNamespace(config=SimpleNamespace(dimensions=24), device=None)
 
     monkeypatch.setattr("lens.load", load)
-    released_meta(name, "official").load_model(device="cpu")
+    released_meta(name, compat="official").load_model(device="cpu")
     meta.load_model(device="cpu")
     (first, options), (second, plain) = calls
     assert first == second == name
     assert options["compat"] == "official"
     assert "compat" not in plain
     assert plain["revision"] == meta.revision == mteb.get_model_meta(name).revision
+    calls.clear()
+    _, _, opened = open_model(name)
+    assert calls[0][1]["revision"] == opened.revision == meta.revision  # not whatever the hub has now
+    with pytest.raises(ValueError, match="has its name and metadata from mteb"):
+        open_model(name, name="a/b")

@@ -6,6 +6,8 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mteb
 import pytest
@@ -54,7 +56,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(f"{name}@{revision}")
         shutil.copytree(place / name, local_dir, dirs_exist_ok=True)
 
+    def facts(self: Any, name: str, revision: str, files_metadata: bool) -> Any:
+        files = [path for path in (place / name).rglob("*") if path.is_file()]
+        sizes = [
+            SimpleNamespace(rfilename=p.relative_to(place / name).as_posix(), size=p.stat().st_size) for p in files
+        ]
+        return SimpleNamespace(siblings=sizes)
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", facts)
     return asked
 
 
@@ -119,6 +129,19 @@ def test_what_a_snapshot_lacks_is_named(hub: list[str], tmp_path: Path) -> None:
     (place / "manifest.json").write_text('{"format": 9}')
     with pytest.raises(ValueError, match="expected a manifest of format 1, found 9"):
         Snapshot(place)
+
+
+def test_a_data_set_that_came_in_part_is_not_entered(
+    hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def download(name: str, repo_type: str, revision: str, local_dir: Path) -> None:
+        repository(local_dir)
+        (local_dir / "corpus.jsonl").write_text("")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fetch_benchmarks.main(["--tasks", "NFCorpus", "--output", str(tmp_path / "snap")]) == 2
+    assert "came in part: corpus.jsonl should have" in capsys.readouterr().err
+    assert not (tmp_path / "snap" / "manifest.json").exists()
 
 
 def test_the_parts_of_an_aggregate_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

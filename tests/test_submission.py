@@ -100,9 +100,14 @@ def test_rules_of_the_model(run: tuple[Path, Any], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(mteb, "get_model_metas", lambda: [meta.model_copy(update={"revision": "0" * 40})])
     (line,) = problems(place, meta, TASKS, TASKS)
     assert f"mteb knows lens-test/tiny at revision {'0' * 40}" in line
-    bare = meta.model_copy(update={"license": None, "training_datasets": None, "experiment_kwargs": {"dtype": "x"}})
-    found = problems(place, bare, TASKS, TASKS)
-    assert any("leaves open: license, training_datasets" in line for line in found)
+    bare = meta.model_copy(update={"license": None, "training_datasets": None})
+    assert any("leaves open: license, training_datasets" in line for line in problems(place, bare, TASKS, TASKS))
+    variant = meta.model_copy(update={"experiment_kwargs": {"dtype": "x"}})
+    (line,) = problems(place, variant, TASKS, TASKS)
+    assert "evaluate first" in line
+    assert "experiments" in line
+    (tmp_path / "results" / line.split("/results/")[1].partition(" does not")[0]).mkdir(parents=True)
+    found = problems(tmp_path / "results", variant, TASKS, TASKS)
     assert any("are experiments, which the leaderboard does not show" in line for line in found)
     assert "evaluate first" in problems(tmp_path, meta, TASKS, TASKS)[0]
 
