@@ -188,6 +188,16 @@ def test_a_full_disk_costs_no_finished_checkpoint(empty, mistral, mistral_cluste
         assert torch.equal(tensor, weights_of(tmp_path / "run")[name]), name
 
 
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error, empty, monkeypatch, capsys):
+    def died(_):
+        raise error
+
+    monkeypatch.setattr("train.run.train", died)
+    assert train([empty]) == 2
+    assert "train/run.py: a DataLoader worker died while it handed over a batch" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("end", ["interrupt", "killed worker", "bad row"])
 def test_workers_never_outlive_an_end_that_was_not_planned(end, empty, mistral, mistral_clusters, pairs, tmp_path):
     output, data = tmp_path / "run", tmp_path / "data.jsonl"

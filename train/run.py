@@ -74,6 +74,10 @@ def main(arguments: list[str]) -> int:
         if not path or path[0].startswith("--"):
             raise ValueError("the first argument must be a recipe, a YAML file")
         train(load_recipe(path[0], parse_overrides(path[1:])))
+    except (ConnectionError, EOFError) as error:  # what a batch came from is no longer there
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"train/run.py: a DataLoader worker died while it handed over a batch ({reason})", file=sys.stderr)
+        return 2
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         text = str(error)
         if "Original Traceback" in text:  # of a worker; its last line is the error
