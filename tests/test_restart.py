@@ -190,10 +190,10 @@ def test_a_full_disk_costs_no_finished_checkpoint(empty, mistral, mistral_cluste
 
 @pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), EOFError()])
 def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error, empty, monkeypatch, capsys):
-    def died(_):
+    def died(*_):
         raise error
 
-    monkeypatch.setattr("train.run.train", died)
+    monkeypatch.setattr("train.run.load_recipe", died)
     assert train([empty]) == 2
     assert "train/run.py: a DataLoader worker died while it handed over a batch" in capsys.readouterr().err
 
