@@ -249,7 +249,7 @@ def made(content: Mapping[str, Any]) -> list[str]:
         text = f" and {', '.join(settings['text'])}" if settings["text"] else ""
         who = " and ".join(["SPLADE"] * bool(splade) + ["SparTerm"] * ("sparterm" in rows))
         found.append(
-            f"The MLM head from which {who} begins was trained on the frozen backbone in {settings['mlm_steps']} steps "
+            f"The MLM head from which {who} {'begin' if ' and ' in who else 'begins'} was trained on the frozen backbone in {settings['mlm_steps']} steps "
             f"on the pairs{text}; its logits are pointwise mutual information."
         )
     if "doc2query" in rows:
