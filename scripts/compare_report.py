@@ -248,9 +248,10 @@ def made(content: Mapping[str, Any]) -> list[str]:
     if "mlm" in settings["plan"]:
         text = f" and {', '.join(settings['text'])}" if settings["text"] else ""
         who = " and ".join(["SPLADE"] * bool(splade) + ["SparTerm"] * ("sparterm" in rows))
+        start = "begin" if " and " in who else "begins"
         found.append(
-            f"The MLM head from which {who} {'begin' if ' and ' in who else 'begins'} was trained on the frozen backbone in {settings['mlm_steps']} steps "
-            f"on the pairs{text}; its logits are pointwise mutual information."
+            f"The MLM head with which {who} {start} was trained on the frozen backbone in {settings['mlm_steps']} "
+            f"steps on the pairs{text}; its logits are pointwise mutual information."
         )
     if "doc2query" in rows:
         found.append(
