@@ -106,7 +106,8 @@ class ChunkedEncoder(AbsEncoder):
     ) -> NDArray[np.float32]:
         """Embeddings (N, K) float32 of the texts of a DataLoader.
 
-        Raises ValueError naming task and text when an embedding is not finite, or when all of them are zero.
+        Raises ValueError naming task and text when an embedding is not finite, or when those of ZEROS texts or more are
+        all zero.
         """
         texts = [text for batch in inputs for text in batch["text"]]
         vectors = self._embed(texts, task_metadata, prompt_type, "numpy")
