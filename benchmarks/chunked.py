@@ -6,7 +6,9 @@ The corpus is made chunk by chunk and never held: half of the values of a docume
 2% (a sparse one). Every contender is a process of its own, sees the same chunks, and its seconds are those of search
 alone, without making chunks; its memory is the process's peak, the chunk included. Dense: eval/running.py, and faiss's
 IndexFlatIP filled with one chunk at a time, its hits merged. Sparse: eval/running.py, and scipy's product with each
-chunk as a whole followed by argpartition. Writes benchmarks/results/chunked.json and a section of docs/performance.md.
+chunk as a whole followed by argpartition. And, for both, the search of eval/encoder.py as mteb calls it, with a model
+that makes these embeddings: dedup, checks of the embeddings and a restart file after each chunk included.
+Writes benchmarks/results/chunked.json and a section of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,9 +38,10 @@ from lens.files import read_json, write_json
 
 FILE = RESULTS / "chunked.json"
 SEED, TOP, SHARES = 0, 1000, {"dense": 0.5, "sparse": 0.02}
+WHOLE = "eval/encoder.py, a restart file after each chunk"
 NAMES = {
-    "dense": ("running top k", "faiss IndexFlatIP in batches"),
-    "sparse": ("running top k", "scipy product in batches"),
+    "dense": ("running top k", "faiss IndexFlatIP in batches", WHOLE),
+    "sparse": ("running top k", "scipy product in batches", WHOLE),
 }
 
 
@@ -111,19 +115,61 @@ class _Merged:
         self.scores, self.places = np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
 
 
+def as_mteb_calls(form: str, options: argparse.Namespace) -> tuple[NDArray[np.int64], float]:
+    """The first ten of each query and the seconds, by the search that mteb calls; its texts are the numbers of the
+    documents."""
+    from datasets import Dataset
+    from mteb.mocks.mock_tasks import MockRetrievalTask
+    from mteb.models import ModelMeta
+
+    from eval.encoder import ChunkedEncoder
+
+    class Made(ChunkedEncoder):
+        seconds = 0.0  # of making embeddings
+
+        def vectors(self, texts: Any, task: Any, side: Any, output: str) -> Any:
+            began = time.perf_counter()
+            number = 0 if texts[0].startswith("q") else int(texts[0]) // options.chunk + 1
+            found = made(number, len(texts), options.dimensions, form)
+            if output == "csr" and not sparse.issparse(found):
+                found = sparse.csr_matrix(found)
+            self.seconds += time.perf_counter() - began
+            return found
+
+    def rows(names: list[str]) -> Any:
+        return Dataset.from_dict({"id": names, "text": names})
+
+    facts = dict.fromkeys(ModelMeta.model_fields) | {"name": "made/made", "revision": "1"}
+    facts |= {"framework": [], "model_type": ["dense"], "modalities": ["text"]}
+    with tempfile.TemporaryDirectory() as work:
+        model = Made(ModelMeta.model_construct(**facts), options.dimensions, None, work, options.chunk)
+        corpus = rows([str(number) for number in range(options.documents)])
+        queries = rows([f"q{number}" for number in range(options.queries)])
+        began = time.perf_counter()
+        model.index(corpus)
+        task = MockRetrievalTask().metadata
+        hits = model.search(queries, task_metadata=task, hf_split="test", hf_subset="default", top_k=TOP)
+        seconds = time.perf_counter() - began - model.seconds
+    best = [[int(name) for name in list(hits[query])[:10]] for query in queries["id"]]
+    return np.array(best, dtype=np.int64), seconds
+
+
 def contend(form: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
     """One contender, in this process."""
     import resource
 
-    queries = made(0, options.queries, options.dimensions, form)
-    start = (running, by_faiss if form == "dense" else by_scipy)[number]
-    add, places = start(queries, TOP)
-    seconds = 0.0
-    for first, part in chunks(options.documents, options.chunk, options.dimensions, form):
-        began = time.perf_counter()
-        add(first, part)
-        seconds += time.perf_counter() - began
-    found = places()[:, :10]
+    if NAMES[form][number] == WHOLE:
+        found, seconds = as_mteb_calls(form, options)
+    else:
+        queries = made(0, options.queries, options.dimensions, form)
+        start = (running, by_faiss if form == "dense" else by_scipy)[number]
+        add, places = start(queries, TOP)
+        seconds = 0.0
+        for first, part in chunks(options.documents, options.chunk, options.dimensions, form):
+            began = time.perf_counter()
+            add(first, part)
+            seconds += time.perf_counter() - began
+        found = places()[:, :10]
     return {
         "seconds": round(seconds, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
@@ -145,8 +191,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             facts = json.loads(out.splitlines()[-1])
             hits.append(facts.pop("first_ten"))
             found.append({"form": form, "name": name, **facts, "load_before": before})
-        same = np.mean([set(a) == set(b) for a, b in zip(*hits, strict=True)])
-        found[-1]["queries_with_the_same_ten"] = round(float(same), 4)
+            same = np.mean([set(a) == set(b) for a, b in zip(hits[0], hits[-1], strict=True)])
+            found[-1]["queries_with_the_same_ten"] = round(float(same), 4)
     return found
 
 
@@ -171,8 +217,7 @@ def page(content: dict[str, Any]) -> list[str]:
     first: dict[str, float] = {}
     for run in content["runs"]:
         own = first.setdefault(run["form"], run["seconds"])
-        same = run.get("queries_with_the_same_ten")
-        ratio, share = run["seconds"] / own, "–" if same is None else f"{same:.1%}"
+        ratio, share = run["seconds"] / own, f"{run['queries_with_the_same_ten']:.1%}"
         cells = (run["form"], run["name"], run["seconds"], f"{ratio:.2f}", f"{run['peak_rss_mb']:,}", share)
         lines.append("| " + " | ".join(map(str, (*cells, run["load_before"]))) + " |")
     return lines
