@@ -5,7 +5,8 @@
 
 Results lie in mteb's own layout, OUTPUT/results/OWNER__MODEL/REVISION/TASK.json with model_meta.json, and what is there
 is not computed again: the same command goes on after a kill, at the chunk of the corpus that it had not finished.
-OUTPUT/summary.json and OUTPUT/report.md hold the main scores of all systems and their means by type.
+OUTPUT/summary.json and OUTPUT/report.md hold the main scores of all systems and their means by type, OUTPUT/units what
+the scores are made of, costs.json and explained.json what they cost and where a model loses most.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,13 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
 import mteb
 from mteb.cache import ResultCache
+from mteb.models import HybridSearch
 
 from eval.baselines import BM25Search, dense_encoder
 from eval.encoder import ChunkedEncoder, LensEncoder
+from eval.explained import explained
+from eval.fusion import FUSIONS, Chosen, choose, hybrid
 from eval.meta import open_model
+from eval.peers import dimensions_of, open_peer, takes
 from eval.snapshot import Snapshot
 from eval.submission import problems
 from eval.tasks import KINDS, LOCAL, known_tasks, local_task
+from eval.units import RETRIEVES, Kept, main_score, too_many
 from lens.files import read_json, write_json
 from lens.locks import alone
 from lens.program import interruptible
@@ -51,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="compare the snapshot's files with their hashes first")
     add("--local", nargs="+", default=[], metavar="DIR[:KIND]", help=f"folders as tasks; kinds: {', '.join(KINDS)}")
     add("--baselines", nargs="+", choices=BASELINES, default=[], help="systems to run beside the models")
+    add("--peers", nargs="+", default=[], metavar="[NAME=]MODEL", help="sentence-transformers folders, models of mteb")
+    add("--hybrids", nargs="+", default=[], metavar="A+B", help="fuse two of these systems on retrieval and reranking")
+    add("--fusion", nargs="+", choices=FUSIONS, default=list(FUSIONS), help="weighted sum, reciprocal ranks (both)")
+    add("--dev", nargs="+", default=[], metavar="DIR[:KIND]", help="folders whose dev split the weights are chosen on")
+    add("--explain", type=int, default=3, metavar="N", help="queries a task that models lose most, explained (3)")
     add("--dense-model", metavar="PATH", help="backbone of the dense baseline (the first model's own)")
     add("--dense-length", type=int, default=128, metavar="TOKENS", help="texts are cut to this length for dense (128)")
     add("--name", metavar="OWNER/MODEL", help="name of the only model in the results (local/FOLDER)")
@@ -136,8 +149,8 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises OSError, ValueError or ImportError with one clear line.
     """
-    if not options.model and not options.baselines:
-        raise ValueError("nothing to evaluate: give --model or --baselines")
+    if not options.model and not options.baselines and not options.peers:
+        raise ValueError("nothing to evaluate: give --model, --peers or --baselines")
     if options.submit_dry_run and not options.model:
         raise ValueError("--submit-dry-run checks the results of a model: give --model")
     for option in ("name", "meta"):
@@ -152,6 +165,11 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
         if name in found or name in BASELINES:
             raise ValueError(f"two systems are named {name!r}: tell them apart with --model NAME=DIR")
         found[name] = LensEncoder(model, meta, work)
+    for given in options.peers:
+        name, peer = open_peer(given, options.devices[0] if options.devices else options.device)
+        if name in found or name in BASELINES:
+            raise ValueError(f"two systems are named {name!r}: tell them apart with --peers NAME=DIR")
+        found[name] = peer
     if "bm25" in options.baselines:
         found["bm25"] = BM25Search()
     if "dense" in options.baselines:
@@ -164,10 +182,40 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def members(options: argparse.Namespace, names: Iterable[str], tasks: Sequence[Any]) -> dict[str, tuple[str, str]]:
+    """The hybrids' members by hybrid. Raises ValueError for one that is no pair of systems, or has nothing to fuse."""
+    found: dict[str, tuple[str, str]] = {}
+    for given in options.hybrids:
+        pairs = [(a, b) for a in names for b in names if a != b and f"{a}+{b}" == given]
+        if not pairs:
+            raise ValueError(f"--hybrids {given!r} is no pair of these systems: {', '.join(names)}")
+        found[given] = pairs[0]
+    if options.dev and not found:
+        raise ValueError("--dev is what the weights of hybrids are chosen on: give --hybrids")
+    if found and not any(task.metadata.type in RETRIEVES for task in tasks):
+        raise ValueError("--hybrids fuse what was retrieved, and no task retrieves or reranks")
+    return found
+
+
+def dev_tasks(options: argparse.Namespace, tasks: Sequence[Any]) -> list[Any]:
+    """The tasks that weights are chosen on. Raises ValueError for one that is evaluated too, or does not retrieve."""
+    evaluated = {(task.metadata.revision, split) for task in tasks for split in task.eval_splits}
+    found = [local_task(given, dev=True) for given in options.dev]
+    for given, task in zip(options.dev, found, strict=True):
+        if task.metadata.type not in RETRIEVES:
+            raise ValueError(f"--dev {given}: weights are chosen on retrieval and reranking, not {task.metadata.type}")
+        if (task.metadata.revision, *task.eval_splits) in evaluated:
+            raise ValueError(f"--dev {given}: its split {task.eval_splits[0]} is evaluated: that would be no test")
+    return found
+
+
 def run(options: argparse.Namespace) -> int:
     """Evaluates and writes the results; returns the number of tasks that failed, and of what is wrong with them as a
     submission."""
+    if options.explain < 0:
+        raise ValueError(f"--explain is {options.explain}: it is a number of queries")
     tasks = chosen_tasks(options)
+    dev = dev_tasks(options, tasks)
     if options.verify and options.snapshot is None:
         raise ValueError("--verify compares the files of a snapshot: give --snapshot")
     if options.snapshot is not None:
@@ -176,28 +224,30 @@ def run(options: argparse.Namespace) -> int:
             if not task.metadata.dataset["path"].startswith(LOCAL):
                 snapshot.use(task, options.verify)
     found = systems(options)
-    cache = ResultCache(options.output)
-    scores: dict[str, dict[str, float]] = {}
-    failures: list[str] = []
+    pairs = members(options, found, tasks)
+    board = Board(options.output, {name for pair in pairs.values() for name in pair})
+    board.systems.update(found)
     try:
         check_arithmetic(options.output / "systems.json", found)
-        for name, system in found.items():
-            for task in tasks:
-                if name == "bm25" and task.metadata.type not in ("Retrieval", "Reranking"):
-                    continue
-                score, reasons = evaluated(system, task, cache)
-                for reason in reasons:
-                    failures.append(f"{name} on {reason}")
-                    print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
-                if score is not None:
-                    scores.setdefault(name, {})[task.metadata.name] = score
-                    print(f"{task.metadata.name}  {name}  {score:.4f}", flush=True)
+        weights = chosen_weights(options, found, pairs, dev)
+        for task in tasks:
+            for name, system in found.items():
+                if takes(system, task):
+                    board.evaluate(name, system, task)
+            for name, (pair, fusion, chosen) in weights.items():
+                if task.metadata.type in RETRIEVES and all(takes(found[member], task) for member in pair):
+                    metas = [found[member].mteb_model_meta for member in pair]
+                    board.evaluate(name, hybrid(options.output, metas, task, fusion, chosen.weight), task)
+            if options.explain:
+                explained(options.output, task, found, options.explain)
+            unload(task)
     finally:
         for system in found.values():
             if isinstance(system, LensEncoder):
                 system.model.close()
-    content = summary(tasks, found, scores, failures)
+    content = summary(tasks, board)
     write_json(options.output / "summary.json", content)
+    write_json(options.output / "costs.json", board.costs)
     (options.output / "report.md").write_text("\n".join(report(content)) + "\n", encoding="utf-8")
     wrong: list[str] = []
     if options.submit_dry_run:
@@ -206,26 +256,116 @@ def run(options: argparse.Namespace) -> int:
         for line in wrong:
             print(f"submission: {line}", file=sys.stderr)
         print(f"submission of {first.name}: " + (f"{len(wrong)} things to mend" if wrong else "nothing to mend"))
-    return len(failures) + len(wrong)
+    return len(board.failures) + len(wrong)
 
 
-def evaluated(system: Any, task: Any, cache: ResultCache) -> tuple[float | None, list[str]]:
+def chosen_weights(
+    options: argparse.Namespace, found: Mapping[str, Any], pairs: Mapping[str, tuple[str, str]], dev: Sequence[Any]
+) -> dict[str, tuple[tuple[str, str], str, Chosen]]:
+    """Name of each hybrid -> its members, fusion and weight, which OUTPUT/hybrids.json tells too. The members' results
+    on dev data lie in OUTPUT/dev. Raises ValueError where one of them failed there."""
+    names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
+    board = Board(options.output / "dev", names)
+    for task in dev if pairs else ():
+        for name in names:
+            board.evaluate(name, found[name], task)
+        unload(task)
+    if board.failures:
+        raise ValueError(f"no weights can be chosen: {board.failures[0]}")
+    weights = {}
+    for given, pair in pairs.items():
+        metas = [found[name].mteb_model_meta for name in pair]
+        for fusion in options.fusion:
+            chosen = choose(options.output / "dev", metas, dev, fusion)
+            weights[f"{given} {fusion}"] = pair, fusion, chosen
+            print(f"{given} {fusion}: weight {chosen.weight} of {pair[0]}, " + ("by dev" if dev else "no --dev given"))
+    content = {
+        name: {"members": list(pair), "fusion": fusion, "dev": [task.metadata.name for task in dev], **asdict(chosen)}
+        for name, (pair, fusion, chosen) in weights.items()
+    }
+    if content:
+        write_json(options.output / "hybrids.json", content)
+    return weights
+
+
+class Board:
+    """The scores of a run as they come in, and what failed; `keep` names the systems whose hits are fused later."""
+
+    def __init__(self, output: Path, keep: Iterable[str] = ()) -> None:
+        self.output = output
+        self.cache = ResultCache(output)
+        self.keep = set(keep)
+        self.systems: dict[str, Any] = {}
+        self.scores: dict[str, dict[str, float]] = {}
+        self.costs: dict[str, dict[str, Any]] = {}
+        self.failures: list[str] = []
+
+    def evaluate(self, name: str, system: Any, task: Any) -> None:
+        """Evaluates a system on a task, or reads what is there, and says so."""
+        self.systems.setdefault(name, system)
+        score, reasons = evaluated(system, task, self.output, self.cache, name in self.keep)
+        for reason in reasons:
+            self.failures.append(f"{name} on {reason}")
+            print(f"failed: {self.failures[-1]}", file=sys.stderr, flush=True)
+        if score is not None:
+            self.scores.setdefault(name, {})[task.metadata.name] = score
+            content = Kept(self.output, system.mteb_model_meta, task).content()
+            self.costs.setdefault(name, {})[task.metadata.name] = (content or {}).get("cost", {})
+            print(f"{task.metadata.name}  {name}  {score:.4f}", flush=True)
+
+
+def evaluated(
+    system: Any, task: Any, output: Path, cache: ResultCache, keep: bool = False
+) -> tuple[float | None, list[str]]:
     """The main score of a system on a task, over the splits and subsets that were asked for, or why there is none.
+    With `keep` what it retrieved stays in OUTPUT/predictions.
 
     The parts of an aggregate come first, each by itself, because mteb stores the mean of what did not fail.
     """
+    meta = system.mteb_model_meta
     reasons: list[str] = []
-    for part in [*getattr(task.metadata, "tasks", []), task]:
+    parts = getattr(task.metadata, "tasks", [])
+    for part in [*parts, task]:
         if reasons:
             break
-        result = mteb.evaluate(system, part, cache=cache, raise_error=False, show_progress_bar=False, co2_tracker=False)
+        kept = Kept(output, meta, part)
+        kept.drop_torn()
+        done = False
+        with suppress(ValueError):  # a torn file
+            stored = cache.load_task_result(part.metadata.name, meta)
+            done = stored is not None and not stored.get_missing_evaluations(part)
+        retrieves = part is not task or not parts
+        again = done and keep and retrieves and part.metadata.type in RETRIEVES and not kept.predictions.is_file()
+        content = kept.content() if done and not again else None
+        if content is None and retrieves:
+            with suppress(Exception):  # mteb meets it again, and tells it
+                part.load_data()
+        result = mteb.evaluate(
+            system,
+            part,
+            cache=cache,
+            raise_error=False,
+            show_progress_bar=False,
+            co2_tracker=False,
+            prediction_folder=None if not retrieves or too_many(part) else kept.folder,
+            overwrite_strategy="always" if again else "only-missing",
+        )
         reasons += [f"{error.task_name}: {' '.join(error.exception.split())}" for error in result.exceptions or []]
         if isinstance(system, ChunkedEncoder):
             system.forget(remove=not reasons)
+        cost = system.spent.read() if isinstance(system, ChunkedEncoder) else {"dimensions": dimensions_of(meta)}
+        if content is None and not reasons:
+            kept.write(result.task_results[0], cost, keep, [Kept(output, meta, one) for one in parts if part is task])
     if reasons:
         return None, reasons
     (outcome,) = result.task_results
-    return float(outcome.validate_and_filter_scores(task).get_score()), []
+    return main_score(outcome, task), []
+
+
+def unload(task: Any) -> None:
+    """Lets go of a task's data, and of its parts'."""
+    for part in [*getattr(task.metadata, "tasks", []), task]:
+        part.unload_data()
 
 
 def check_arithmetic(path: Path, found: Mapping[str, Any]) -> None:
@@ -244,25 +384,37 @@ def check_arithmetic(path: Path, found: Mapping[str, Any]) -> None:
     write_json(path, held)
 
 
-def summary(
-    tasks: Sequence[Any], found: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]], failures: Sequence[str]
-) -> dict[str, Any]:
+def summary(tasks: Sequence[Any], board: Board) -> dict[str, Any]:
     """The content of summary.json: main scores by system and task, and their means."""
-    facts = {task.metadata.name: {"type": task.metadata.type, "measure": task.metadata.main_score} for task in tasks}
-    return {
-        "mteb": mteb.__version__,
-        "tasks": facts,
-        "systems": {
-            name: {
-                "model": system.mteb_model_meta.name,
-                "revision": system.mteb_model_meta.revision,
-                "scores": dict(scores.get(name, {})),
-                "means": means(facts, scores.get(name, {})),
-            }
-            for name, system in found.items()
-        },
-        "failures": list(failures),
+    facts = {
+        task.metadata.name: {
+            "type": task.metadata.type,
+            "measure": task.metadata.main_score,
+            "revision": task.metadata.revision,
+        }
+        for task in tasks
     }
+    entries = {}
+    for name, system in board.systems.items():
+        meta, scores = system.mteb_model_meta, board.scores.get(name, {})
+        entries[name] = {
+            "model": meta.name,
+            "revision": meta.revision,
+            "role": role(name, system),
+            "units": Kept(board.output, meta, tasks[0]).relative.as_posix(),
+            "scores": dict(scores),
+            "means": means(facts, scores),
+        }
+    return {"mteb": mteb.__version__, "tasks": facts, "systems": entries, "failures": list(board.failures)}
+
+
+def role(name: str, system: Any) -> str:
+    """What a system is in a run."""
+    if isinstance(system, LensEncoder):
+        return "model"
+    if isinstance(system, HybridSearch):
+        return "hybrid"
+    return "baseline" if name in BASELINES else "peer"
 
 
 def means(tasks: Mapping[str, Mapping[str, str]], scores: Mapping[str, float]) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,36 @@ def texts_of(rows: Any, task: TaskMetadata, side: PromptType) -> list[str]:
     return [text for batch in loader for text in batch["text"]]
 
 
+class Spent:
+    """What embedding has cost since the last `read`."""
+
+    def __init__(self, dimensions: int) -> None:
+        self.dimensions = dimensions
+        self.read()
+
+    def add(self, texts: int, seconds: float, values: NDArray[np.float32], documents: bool) -> None:
+        """Takes in `texts` embeddings; `values` may be those above 0 only."""
+        self.texts += texts
+        self.seconds += seconds
+        if documents:
+            self.documents += texts
+            self.active += np.count_nonzero(values)
+
+    def read(self) -> dict[str, Any]:
+        """Texts, seconds of embedding, mean non-zero values and bytes of a document (float32, with a 32-bit column each
+        where that is less), and starts again."""
+        found: dict[str, Any] = {"dimensions": self.dimensions}
+        if getattr(self, "documents", 0):
+            active = self.active / self.documents
+            size = min(4 * self.dimensions, 8 * active)
+            found |= {"active": round(active, 2), "bytes_per_document": round(size, 1)}
+        if getattr(self, "texts", 0):
+            found |= {"texts": self.texts, "embedding_seconds": round(self.seconds, 3)}
+        self.texts = self.documents = self.active = 0
+        self.seconds = 0.0
+        return found
+
+
 class ChunkedEncoder(AbsEncoder):
     """What models have in common: `encode` for most tasks, `index` and `search` for retrieval and reranking.
 
@@ -78,6 +109,7 @@ class ChunkedEncoder(AbsEncoder):
         self.work = None if work is None else Path(work)
         self.chunk = chunk or max(PROBE, CHUNK_VALUES // dimensions)
         self.corpus: Any = None
+        self.spent = Spent(dimensions)
         self.searches: list[Path] = []
 
     def forget(self, remove: bool = True) -> None:
@@ -230,11 +262,13 @@ class ChunkedEncoder(AbsEncoder):
         def embed(texts: Sequence[str]) -> Any:
             return self.vectors(texts, task, side, output)
 
+        began = perf_counter()
         try:
             vectors = embed(unique)
         except FloatingPointError as error:
             raise ValueError(f"{task.name}: {error}; the first such text: {_culprit(embed, unique)!r:.80}") from error
         values = vectors.data if sparse.issparse(vectors) else vectors
+        self.spent.add(len(unique), perf_counter() - began, values, side != PromptType.query)
         if not np.isfinite(values).all():
             bad = next(text for text in unique if not np.isfinite(self.vectors([text], task, side, "numpy")).all())
             raise ValueError(f"{task.name}: the embedding of {bad!r:.80} is not finite")

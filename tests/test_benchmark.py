@@ -12,11 +12,13 @@ import mteb
 import numpy as np
 import pytest
 from conftest import SENTENCES, SHARED, need, write_rows
+from mteb.cache import ResultCache
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 from test_eval_program import DOCUMENTS, write_beir
 
 import lens
+from eval.baselines import BM25Search
 from eval.benchmark import chosen_tasks, evaluated, means, parser
 from eval.run import main
 from eval.running import RunningTop
@@ -225,20 +227,26 @@ def test_only_what_was_asked_for_is_averaged(monkeypatch: pytest.MonkeyPatch, tm
     (task,) = chosen_tasks(parser().parse_args(["--benchmark", "MTEB(eng, v1)", "--tasks", "STS22"]))
     answer = SimpleNamespace(exceptions=None, task_results=[whole])
     monkeypatch.setattr(mteb, "evaluate", lambda *_, **__: answer)
-    assert evaluated(object(), task, None) == (1.0, [])
+    assert evaluated(BM25Search(), task, tmp_path, ResultCache(tmp_path)) == (1.0, [])
 
 
-def test_an_aggregate_fails_with_its_part_and_is_mended_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_aggregate_fails_with_its_part_and_is_mended_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (task,) = chosen_tasks(parser().parse_args(["--tasks", "CQADupstackRetrieval"]))
     asked: list[str] = []
 
     def evaluate(_: Any, part: Any, **__: Any) -> Any:
         asked.append(part.metadata.name)
         error = SimpleNamespace(task_name=part.metadata.name, exception="lost")
-        return SimpleNamespace(exceptions=[error] if part.metadata.name == "CQADupstackGisRetrieval" else None)
+        return SimpleNamespace(exceptions=[error] if part.metadata.name == "CQADupstackGisRetrieval" else None,
+                               task_results=[result])  # fmt: skip
 
+    result = SimpleNamespace(scores={}, evaluation_time=1.0)
+    result.validate_and_filter_scores = lambda _: SimpleNamespace(get_score=lambda: 0.5)
     monkeypatch.setattr(mteb, "evaluate", evaluate)
-    assert evaluated(object(), task, None) == (None, ["CQADupstackGisRetrieval: lost"])
+    answer = evaluated(BM25Search(), task, tmp_path, ResultCache(tmp_path))
+    assert answer == (None, ["CQADupstackGisRetrieval: lost"])
     assert "CQADupstackRetrieval" not in asked  # its mean is never stored
 
 
@@ -356,7 +364,7 @@ def test_bad_command_lines(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert error.startswith("error: ")
         assert message in error, error
     assert main(["--local", str(beir), "--output", str(output)]) == 2
-    assert "give --model or --baselines" in capsys.readouterr().err
+    assert "give --model, --peers or --baselines" in capsys.readouterr().err
     assert main(["--model", str(tmp_path / "no"), "--local", str(beir), "--output", str(output)]) == 2
     assert "is neither a folder nor a name OWNER/MODEL of the hub" in capsys.readouterr().err
 
