@@ -17,8 +17,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,19 +25,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import mteb
-from mteb.cache import ResultCache
 from mteb.models import HybridSearch
 
 from eval.baselines import BM25Search, dense_encoder
-from eval.encoder import ChunkedEncoder, LensEncoder
+from eval.board import Board, unload
+from eval.by_task import by_task, on_one
+from eval.encoder import LensEncoder
 from eval.explained import explained
-from eval.fusion import FUSIONS, Chosen, choose, hybrid
+from eval.fusion import FUSIONS, chosen_weights, dev_tasks, hybrid, members
 from eval.meta import open_model
-from eval.peers import dimensions_of, open_peer, takes
+from eval.peers import open_peer, short_name, takes
 from eval.snapshot import Snapshot
 from eval.submission import problems
 from eval.tasks import KINDS, LOCAL, known_tasks, local_task
-from eval.units import RETRIEVES, Kept, main_score, too_many
+from eval.units import RETRIEVES, Kept
 from lens.files import read_json, write_json
 from lens.locks import alone
 from lens.program import interruptible
@@ -73,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("runs/mteb"), metavar="DIR", help="folder of all results (runs/mteb)")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
-    device.add_argument("--devices", nargs="+", metavar="DEVICE", help="several for the models, each a share of texts")
+    device.add_argument("--devices", nargs="+", metavar="DEVICE", help="several for the models, see --by")
+    add("--by", choices=("shard", "task"), default="shard", help="--devices share each task's texts (shard), or tasks")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models' weights (as they are)")
     add("--quantization", choices=("4bit", "8bit", "int8"), help="of the models, as lens.load takes it")
     return parser
@@ -149,26 +149,15 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises OSError, ValueError or ImportError with one clear line.
     """
-    if not options.model and not options.baselines and not options.peers:
-        raise ValueError("nothing to evaluate: give --model, --peers or --baselines")
-    if options.submit_dry_run and not options.model:
-        raise ValueError("--submit-dry-run checks the results of a model: give --model")
-    for option in ("name", "meta"):
-        if getattr(options, option) and len(options.model) != 1:
-            raise ValueError(f"--{option} is of one model, and there are {len(options.model)}")
     work = options.output / "work"
     devices = options.devices or options.device
     varied = {name: getattr(options, name) for name in ("compat", "dtype", "quantization")}
     found: dict[str, Any] = {}
     for given in options.model:
         name, model, meta = open_model(given, devices, options.name, options.meta, **varied)
-        if name in found or name in BASELINES:
-            raise ValueError(f"two systems are named {name!r}: tell them apart with --model NAME=DIR")
         found[name] = LensEncoder(model, meta, work)
     for given in options.peers:
         name, peer = open_peer(given, options.devices[0] if options.devices else options.device)
-        if name in found or name in BASELINES:
-            raise ValueError(f"two systems are named {name!r}: tell them apart with --peers NAME=DIR")
         found[name] = peer
     if "bm25" in options.baselines:
         found["bm25"] = BM25Search()
@@ -182,40 +171,30 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def members(options: argparse.Namespace, names: Iterable[str], tasks: Sequence[Any]) -> dict[str, tuple[str, str]]:
-    """The hybrids' members by hybrid. Raises ValueError for one that is no pair of systems, or has nothing to fuse."""
-    found: dict[str, tuple[str, str]] = {}
-    for given in options.hybrids:
-        pairs = [(a, b) for a in names for b in names if a != b and f"{a}+{b}" == given]
-        if not pairs:
-            raise ValueError(f"--hybrids {given!r} is no pair of these systems: {', '.join(names)}")
-        found[given] = pairs[0]
-    if options.dev and not found:
-        raise ValueError("--dev is what the weights of hybrids are chosen on: give --hybrids")
-    if found and not any(task.metadata.type in RETRIEVES for task in tasks):
-        raise ValueError("--hybrids fuse what was retrieved, and no task retrieves or reranks")
-    return found
+def names_of(options: argparse.Namespace) -> list[str]:
+    """What the systems of the command line are called. Raises ValueError where there are none, or two of one name."""
+    if not options.model and not options.baselines and not options.peers:
+        raise ValueError("nothing to evaluate: give --model, --peers or --baselines")
+    if options.submit_dry_run and not options.model:
+        raise ValueError("--submit-dry-run checks the results of a model: give --model")
+    for option in ("name", "meta"):
+        if getattr(options, option) and len(options.model) != 1:
+            raise ValueError(f"--{option} is of one model, and there are {len(options.model)}")
+    names: list[str] = []
+    for option, given in [*(("model", given) for given in options.model), *(("peers", one) for one in options.peers)]:
+        name = short_name(given)[0]
+        if name in names or name in BASELINES:
+            raise ValueError(f"two systems are named {name!r}: tell them apart with --{option} NAME=DIR")
+        names.append(name)
+    return [*names, *options.baselines]
 
 
-def dev_tasks(options: argparse.Namespace, tasks: Sequence[Any]) -> list[Any]:
-    """The tasks that weights are chosen on. Raises ValueError for one that is evaluated too, or does not retrieve."""
-    evaluated = {(task.metadata.revision, split) for task in tasks for split in task.eval_splits}
-    found = [local_task(given, dev=True) for given in options.dev]
-    for given, task in zip(options.dev, found, strict=True):
-        if task.metadata.type not in RETRIEVES:
-            raise ValueError(f"--dev {given}: weights are chosen on retrieval and reranking, not {task.metadata.type}")
-        if (task.metadata.revision, *task.eval_splits) in evaluated:
-            raise ValueError(f"--dev {given}: its split {task.eval_splits[0]} is evaluated: that would be no test")
-    return found
+def tasks_of(options: argparse.Namespace) -> list[Any]:
+    """The tasks of the command line, which read their data from its snapshot where there is one.
 
-
-def run(options: argparse.Namespace) -> int:
-    """Evaluates and writes the results; returns the number of tasks that failed, and of what is wrong with them as a
-    submission."""
-    if options.explain < 0:
-        raise ValueError(f"--explain is {options.explain}: it is a number of queries")
+    Raises what `chosen_tasks` and `Snapshot.use` raise, and ValueError for options that contradict each other.
+    """
     tasks = chosen_tasks(options)
-    dev = dev_tasks(options, tasks)
     if options.verify and options.snapshot is None:
         raise ValueError("--verify compares the files of a snapshot: give --snapshot")
     if options.snapshot is not None:
@@ -223,8 +202,24 @@ def run(options: argparse.Namespace) -> int:
         for task in tasks:
             if not task.metadata.dataset["path"].startswith(LOCAL):
                 snapshot.use(task, options.verify)
+    return tasks
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluates and writes the results; returns the number of tasks that failed, and of what is wrong with them as a
+    submission."""
+    if options.by == "task" and not options.devices:
+        raise ValueError("--by task shares tasks among devices: name them with --devices")
+    if options.explain < 0:
+        raise ValueError(f"--explain is {options.explain}: it is a number of queries")
+    tasks = tasks_of(options)
+    dev = dev_tasks(options, tasks)
+    pairs = members(options, names_of(options), tasks)
+    done: dict[Any, Any] = {}
+    if options.by == "task":
+        done = by_task(options, tasks, [name for pair in pairs.values() for name in pair])
+        options = on_one(options, options.devices[0])  # free again
     found = systems(options)
-    pairs = members(options, found, tasks)
     board = Board(options.output, {name for pair in pairs.values() for name in pair})
     board.systems.update(found)
     try:
@@ -233,7 +228,7 @@ def run(options: argparse.Namespace) -> int:
         for task in tasks:
             for name, system in found.items():
                 if takes(system, task):
-                    board.evaluate(name, system, task)
+                    board.evaluate(name, system, task, done.get((name, task.metadata.name)))
             for name, (pair, fusion, chosen) in weights.items():
                 if task.metadata.type in RETRIEVES and all(takes(found[member], task) for member in pair):
                     metas = [found[member].mteb_model_meta for member in pair]
@@ -257,115 +252,6 @@ def run(options: argparse.Namespace) -> int:
             print(f"submission: {line}", file=sys.stderr)
         print(f"submission of {first.name}: " + (f"{len(wrong)} things to mend" if wrong else "nothing to mend"))
     return len(board.failures) + len(wrong)
-
-
-def chosen_weights(
-    options: argparse.Namespace, found: Mapping[str, Any], pairs: Mapping[str, tuple[str, str]], dev: Sequence[Any]
-) -> dict[str, tuple[tuple[str, str], str, Chosen]]:
-    """Name of each hybrid -> its members, fusion and weight, which OUTPUT/hybrids.json tells too. The members' results
-    on dev data lie in OUTPUT/dev. Raises ValueError where one of them failed there."""
-    names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
-    board = Board(options.output / "dev", names)
-    for task in dev if pairs else ():
-        for name in names:
-            board.evaluate(name, found[name], task)
-        unload(task)
-    if board.failures:
-        raise ValueError(f"no weights can be chosen: {board.failures[0]}")
-    weights = {}
-    for given, pair in pairs.items():
-        metas = [found[name].mteb_model_meta for name in pair]
-        for fusion in options.fusion:
-            chosen = choose(options.output / "dev", metas, dev, fusion)
-            weights[f"{given} {fusion}"] = pair, fusion, chosen
-            print(f"{given} {fusion}: weight {chosen.weight} of {pair[0]}, " + ("by dev" if dev else "no --dev given"))
-    content = {
-        name: {"members": list(pair), "fusion": fusion, "dev": [task.metadata.name for task in dev], **asdict(chosen)}
-        for name, (pair, fusion, chosen) in weights.items()
-    }
-    if content:
-        write_json(options.output / "hybrids.json", content)
-    return weights
-
-
-class Board:
-    """The scores of a run as they come in, and what failed; `keep` names the systems whose hits are fused later."""
-
-    def __init__(self, output: Path, keep: Iterable[str] = ()) -> None:
-        self.output = output
-        self.cache = ResultCache(output)
-        self.keep = set(keep)
-        self.systems: dict[str, Any] = {}
-        self.scores: dict[str, dict[str, float]] = {}
-        self.costs: dict[str, dict[str, Any]] = {}
-        self.failures: list[str] = []
-
-    def evaluate(self, name: str, system: Any, task: Any) -> None:
-        """Evaluates a system on a task, or reads what is there, and says so."""
-        self.systems.setdefault(name, system)
-        score, reasons = evaluated(system, task, self.output, self.cache, name in self.keep)
-        for reason in reasons:
-            self.failures.append(f"{name} on {reason}")
-            print(f"failed: {self.failures[-1]}", file=sys.stderr, flush=True)
-        if score is not None:
-            self.scores.setdefault(name, {})[task.metadata.name] = score
-            content = Kept(self.output, system.mteb_model_meta, task).content()
-            self.costs.setdefault(name, {})[task.metadata.name] = (content or {}).get("cost", {})
-            print(f"{task.metadata.name}  {name}  {score:.4f}", flush=True)
-
-
-def evaluated(
-    system: Any, task: Any, output: Path, cache: ResultCache, keep: bool = False
-) -> tuple[float | None, list[str]]:
-    """The main score of a system on a task, over the splits and subsets that were asked for, or why there is none.
-    With `keep` what it retrieved stays in OUTPUT/predictions.
-
-    The parts of an aggregate come first, each by itself, because mteb stores the mean of what did not fail.
-    """
-    meta = system.mteb_model_meta
-    reasons: list[str] = []
-    parts = getattr(task.metadata, "tasks", [])
-    for part in [*parts, task]:
-        if reasons:
-            break
-        kept = Kept(output, meta, part)
-        kept.drop_torn()
-        done = False
-        with suppress(ValueError):  # a torn file
-            stored = cache.load_task_result(part.metadata.name, meta)
-            done = stored is not None and not stored.get_missing_evaluations(part)
-        retrieves = part is not task or not parts
-        again = done and keep and retrieves and part.metadata.type in RETRIEVES and not kept.predictions.is_file()
-        content = kept.content() if done and not again else None
-        if content is None and retrieves:
-            with suppress(Exception):  # mteb meets it again, and tells it
-                part.load_data()
-        result = mteb.evaluate(
-            system,
-            part,
-            cache=cache,
-            raise_error=False,
-            show_progress_bar=False,
-            co2_tracker=False,
-            prediction_folder=None if not retrieves or too_many(part) else kept.folder,
-            overwrite_strategy="always" if again else "only-missing",
-        )
-        reasons += [f"{error.task_name}: {' '.join(error.exception.split())}" for error in result.exceptions or []]
-        if isinstance(system, ChunkedEncoder):
-            system.forget(remove=not reasons)
-        cost = system.spent.read() if isinstance(system, ChunkedEncoder) else {"dimensions": dimensions_of(meta)}
-        if content is None and not reasons:
-            kept.write(result.task_results[0], cost, keep, [Kept(output, meta, one) for one in parts if part is task])
-    if reasons:
-        return None, reasons
-    (outcome,) = result.task_results
-    return main_score(outcome, task), []
-
-
-def unload(task: Any) -> None:
-    """Lets go of a task's data, and of its parts'."""
-    for part in [*getattr(task.metadata, "tasks", []), task]:
-        part.unload_data()
 
 
 def check_arithmetic(path: Path, found: Mapping[str, Any]) -> None:
@@ -447,14 +333,19 @@ def report(content: Mapping[str, Any]) -> list[str]:
     return [*lines, *([""] if content["failures"] else []), *(f"- failed: {line}" for line in content["failures"])]
 
 
+def quiet() -> None:
+    """Silences mteb and datasets; `run` tells what failed."""
+    warnings.filterwarnings("ignore", module="mteb")
+    logging.getLogger("mteb").setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+
+
 @interruptible("eval/run.py", "the same command goes on where it stopped")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code: 0, 1 where tasks failed or a submission would, 2 with one line for bad
     input."""
     options = parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", module="mteb")
-    logging.getLogger("mteb").setLevel(logging.CRITICAL)  # failures are told by `run`
-    datasets.disable_progress_bars()
+    quiet()
     try:
         with alone(options.output / "results"):
             failed = run(options)

@@ -5,9 +5,10 @@ A hybrid searches nothing itself: it reads what its members have found, so that 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,8 +17,10 @@ import mteb
 from mteb.models import HybridSearch
 from mteb.models.model_meta import ModelMeta
 
-from eval.units import Kept, part_of, statistic
-from lens.files import read_json
+from eval.board import Board, unload
+from eval.tasks import local_task
+from eval.units import RETRIEVES, Kept, part_of, statistic
+from lens.files import read_json, write_json
 
 FUSIONS = ("rsf", "rrf")
 """mteb's names: the weighted sum of scores scaled to 0..1 within each query, and reciprocal rank fusion."""
@@ -101,3 +104,59 @@ def _score(system: HybridSearch, task: Any) -> float:
                 raise ValueError(f"{task.metadata.name}: its {task.metadata.main_score} is no mean over queries")
             parts.append(statistic("mean", part))
     return fmean(parts)
+
+
+def members(options: argparse.Namespace, names: Iterable[str], tasks: Sequence[Any]) -> dict[str, tuple[str, str]]:
+    """The hybrids' members by hybrid. Raises ValueError for one that is no pair of systems, or has nothing to fuse."""
+    found: dict[str, tuple[str, str]] = {}
+    for given in options.hybrids:
+        pairs = [(a, b) for a in names for b in names if a != b and f"{a}+{b}" == given]
+        if not pairs:
+            raise ValueError(f"--hybrids {given!r} is no pair of these systems: {', '.join(names)}")
+        found[given] = pairs[0]
+    if options.dev and not found:
+        raise ValueError("--dev is what the weights of hybrids are chosen on: give --hybrids")
+    if found and not any(task.metadata.type in RETRIEVES for task in tasks):
+        raise ValueError("--hybrids fuse what was retrieved, and no task retrieves or reranks")
+    return found
+
+
+def dev_tasks(options: argparse.Namespace, tasks: Sequence[Any]) -> list[Any]:
+    """The tasks that weights are chosen on. Raises ValueError for one that is evaluated too, or does not retrieve."""
+    evaluated = {(task.metadata.revision, split) for task in tasks for split in task.eval_splits}
+    found = [local_task(given, dev=True) for given in options.dev]
+    for given, task in zip(options.dev, found, strict=True):
+        if task.metadata.type not in RETRIEVES:
+            raise ValueError(f"--dev {given}: weights are chosen on retrieval and reranking, not {task.metadata.type}")
+        if (task.metadata.revision, *task.eval_splits) in evaluated:
+            raise ValueError(f"--dev {given}: its split {task.eval_splits[0]} is evaluated: that would be no test")
+    return found
+
+
+def chosen_weights(
+    options: argparse.Namespace, found: Mapping[str, Any], pairs: Mapping[str, tuple[str, str]], dev: Sequence[Any]
+) -> dict[str, tuple[tuple[str, str], str, Chosen]]:
+    """Name of each hybrid -> its members, fusion and weight, which OUTPUT/hybrids.json tells too. The members' results
+    on dev data lie in OUTPUT/dev. Raises ValueError where one of them failed there."""
+    names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
+    board = Board(options.output / "dev", names)
+    for task in dev if pairs else ():
+        for name in names:
+            board.evaluate(name, found[name], task)
+        unload(task)
+    if board.failures:
+        raise ValueError(f"no weights can be chosen: {board.failures[0]}")
+    weights = {}
+    for given, pair in pairs.items():
+        metas = [found[name].mteb_model_meta for name in pair]
+        for fusion in options.fusion:
+            chosen = choose(options.output / "dev", metas, dev, fusion)
+            weights[f"{given} {fusion}"] = pair, fusion, chosen
+            print(f"{given} {fusion}: weight {chosen.weight} of {pair[0]}, " + ("by dev" if dev else "no --dev given"))
+    content = {
+        name: {"members": list(pair), "fusion": fusion, "dev": [task.metadata.name for task in dev], **asdict(chosen)}
+        for name, (pair, fusion, chosen) in weights.items()
+    }
+    if content:
+        write_json(options.output / "hybrids.json", content)
+    return weights

@@ -17,15 +17,19 @@ KINDS = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder", "CrossEnc
 """Classes of sentence-transformers, as config_sentence_transformers.json names them."""
 
 
+def short_name(given: str) -> tuple[str, str]:
+    """What a model given as [NAME=]PLACE is called, and its place."""
+    short, separator, place = given.partition("=")
+    return (short, place) if separator and not Path(given).exists() else (Path(given).name, given)
+
+
 def open_peer(given: str, device: str | None = None) -> tuple[str, Any]:
     """A model of a command line, as [NAME=]DIR or a name of mteb's registry or the hub: what it is called here, and
     itself as mteb evaluates it, with the prompts and the similarity that its makers chose.
 
     Raises FileNotFoundError, OSError or ValueError naming what was given.
     """
-    short, separator, place = given.partition("=")
-    if not separator or Path(given).exists():
-        short, place, separator = Path(given).name, given, ""
+    short, place = short_name(given)
     if Path(place).is_dir():
         model = _from_folder(Path(place), device)
         facts = {"name": f"local/{short}", "revision": revision_of(place)}

@@ -62,10 +62,7 @@ class Pool:
         if isinstance(devices, str | torch.device):
             raise TypeError(f"devices must be a list, found {devices!r}: write [{str(devices)!r}]")
         self.devices = [resolve_device(device) for device in devices]
-        names = list(map(str, self.devices))
-        self.names = [
-            name if names.count(name) == 1 else f"{name} (process {number})" for number, name in enumerate(names, 1)
-        ]
+        self.names = process_names(self.devices)
         if not self.devices:
             raise ValueError("no device is named: give a list such as ['cuda:0', 'cuda:1']")
         if is_quantized(encoder.model.backbone):
@@ -77,7 +74,7 @@ class Pool:
         self._calling = threading.Lock()
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
-        self._end = weakref.finalize(self, _end, self._connections, self._processes)
+        self._end = weakref.finalize(self, end, self._connections, self._processes)
         try:
             for device, name in zip(self.devices, self.names, strict=True):
                 ours, theirs = context.Pipe()
@@ -169,26 +166,35 @@ class Pool:
             found, failure = self._connections[worker].recv()
         except (EOFError, OSError):
             raise self._died(worker) from None
-        return found if failure is None else _as_error(self.names[worker], *failure)
+        return found if failure is None else as_error(self.names[worker], *failure)
 
     def _died(self, worker: int) -> ChildProcessError:
-        process = self._processes[worker]
-        process.join(5)
-        code = process.exitcode
-        if code is not None and code < 0:
-            why = f"by signal {-code}: it was killed, as Linux does when memory runs out"
-        else:
-            why = (
-                f'(exit code {code}): it could not start, or the program lacks `if __name__ == "__main__":` around '
-                "what it does, which it needs when it starts processes"
-            )
-        return ChildProcessError(f"the process for {self.names[worker]} died {why}")
+        return death(self.names[worker], self._processes[worker])
 
 
-def _as_error(worker: str, name: str, message: str, trace: str) -> Exception:
-    """A worker's error in its own class where that is a plain one, else RuntimeError."""
-    kind = getattr(builtins, name, RuntimeError)
-    error: Exception = (kind if kind in _ERRORS else RuntimeError)(f"on {worker}: {message}")
+def process_names(devices: Sequence[torch.device]) -> list[str]:
+    """What processes for these devices are called in messages, those of the same device with their numbers."""
+    names = list(map(str, devices))
+    return [name if names.count(name) == 1 else f"{name} (process {number})" for number, name in enumerate(names, 1)]
+
+
+def death(name: str, process: Any) -> ChildProcessError:
+    """The error that tells how a process for a device, called `name`, ended though it should not have."""
+    process.join(5)
+    code = process.exitcode
+    if code is not None and code < 0:
+        why = f"by signal {-code}: it was killed, as Linux does when memory runs out"
+    else:
+        why = (
+            f'(exit code {code}): it could not start, or the program lacks `if __name__ == "__main__":` around '
+            "what it does, which it needs when it starts processes"
+        )
+    return ChildProcessError(f"the process for {name} died {why}")
+
+
+def as_error(worker: str, name: str, message: str, trace: str) -> Exception:
+    """The error of a worker, from what `failure_of` made of it there, with the worker's name."""
+    error: Exception = getattr(builtins, name)(f"on {worker}: {message}")
     error.add_note(f"In the process for {worker}:\n{trace}")
     return error
 
@@ -208,7 +214,8 @@ def deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end(connections: list[Connection], processes: list[Any]) -> None:
+def end(connections: Sequence[Connection], processes: Sequence[Any]) -> None:
+    """Ends processes, at once, those that were started."""
     for connection in connections:
         connection.close()
     started = [process for process in processes if process.pid is not None]
@@ -246,17 +253,13 @@ def split(texts: Sequence[str], width: int, limit: int, budget: int, workers: in
 
 def _work(connection: Connection, tensors: Any, device: str, threads: int) -> None:
     """Puts the model together on its device and embeds what comes, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where another thread than the main one started this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
-    torch.set_num_threads(threads)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is ended would leave behind
+    begin(threads)
     with suppress(EOFError, OSError):  # the parent is gone
         skeleton = connection.recv()
         try:
             encoder = _encoder(skeleton, tensors, device)
         except Exception as error:
-            connection.send((None, _failure(error)))
+            connection.send((None, failure_of(error)))
             return
         connection.send((None, None))
 
@@ -266,11 +269,20 @@ def _work(connection: Connection, tensors: Any, device: str, threads: int) -> No
                 with _current(device):  # each thread has its own current device
                     return (number, encoder.encode(texts, show_progress=False, **options)), None
             except Exception as error:
-                return None, _failure(error)
+                return None, failure_of(error)
 
         # While a chunk is computed the next one comes in and the last one's embeddings go out.
         for answer in ahead(map(run, ahead(iter(connection.recv, None)))):
             connection.send(answer)
+
+
+def begin(threads: int) -> None:
+    """What a process does first: it leaves Ctrl-C to its parent, ends with it, and takes its share of the cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where another thread than the main one started this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
+    torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is ended would leave behind
 
 
 def _end_with_parent() -> None:
@@ -294,8 +306,11 @@ def _current(device: str) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
 
 
-def _failure(error: Exception) -> Failure:
-    return type(error).__name__, str(error), traceback.format_exc()
+def failure_of(error: Exception) -> Failure:
+    """The error that is being handled, as it goes to the parent: in the nearest of the plain classes, else as a
+    RuntimeError."""
+    name = next((kind.__name__ for kind in _ERRORS if isinstance(error, kind)), "RuntimeError")
+    return name, str(error), traceback.format_exc()
 
 
 # --- a model in shared memory ---------------------------------------------------------------------------------------

@@ -12,14 +12,15 @@ import mteb
 import numpy as np
 import pytest
 from conftest import SENTENCES, SHARED, need, write_rows
-from mteb.cache import ResultCache
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 from test_eval_program import DOCUMENTS, write_beir
 
 import lens
 from eval.baselines import BM25Search
-from eval.benchmark import chosen_tasks, evaluated, means, parser
+from eval.benchmark import chosen_tasks, means, parser
+from eval.board import evaluated
+from eval.cache import WholeCache
 from eval.run import main
 from eval.running import RunningTop
 from eval.tasks import KINDS, local_task
@@ -227,7 +228,7 @@ def test_only_what_was_asked_for_is_averaged(monkeypatch: pytest.MonkeyPatch, tm
     (task,) = chosen_tasks(parser().parse_args(["--benchmark", "MTEB(eng, v1)", "--tasks", "STS22"]))
     answer = SimpleNamespace(exceptions=None, task_results=[whole])
     monkeypatch.setattr(mteb, "evaluate", lambda *_, **__: answer)
-    assert evaluated(BM25Search(), task, tmp_path, ResultCache(tmp_path)) == (1.0, [])
+    assert evaluated(BM25Search(), task, WholeCache(tmp_path)) == (1.0, [])
 
 
 def test_an_aggregate_fails_with_its_part_and_is_mended_with_it(
@@ -245,7 +246,7 @@ def test_an_aggregate_fails_with_its_part_and_is_mended_with_it(
     result = SimpleNamespace(scores={}, evaluation_time=1.0)
     result.validate_and_filter_scores = lambda _: SimpleNamespace(get_score=lambda: 0.5)
     monkeypatch.setattr(mteb, "evaluate", evaluate)
-    answer = evaluated(BM25Search(), task, tmp_path, ResultCache(tmp_path))
+    answer = evaluated(BM25Search(), task, WholeCache(tmp_path))
     assert answer == (None, ["CQADupstackGisRetrieval: lost"])
     assert "CQADupstackRetrieval" not in asked  # its mean is never stored
 
