@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -279,7 +280,7 @@ def test_units_of_other_data_are_not_read(ran: SimpleNamespace, tmp_path: Path) 
         (["--peers", "./nowhere"], "no such folder"),
         (["--peers", "nobody/nothing-at-all"], "neither a folder nor to be had as a model"),
         (["--peers", "mteb/baseline-random-encodr"], "did you mean mteb/baseline-random-encoder"),
-        (["--peers", "MODEL"], "is a LENS model: give it with --model"),
+        (["--peers", "again=MODEL"], "is a LENS model: give it with --model"),
         (["--peers", "WIKI"], "no model of sentence-transformers"),
         (["--peers", "bm25=PEER"], "two systems are named 'bm25'"),
         (["--explain", "-1"], "it is a number of queries"),
@@ -289,7 +290,7 @@ def test_bad_input(
     ran: SimpleNamespace, peer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], message: str
 ) -> None:
     places = {"WIKI": str(ran.wiki), "STS": ran.local[2], "MODEL": ran.command[1], "PEER": str(peer)}
-    words = [places.get(word, word).replace("PEER", str(peer)) for word in given]
+    words = [re.sub("|".join(places), lambda found: places[found[0]], word) for word in given]
     command = [*ran.command[:4], "--local", str(ran.wiki), "--baselines", "bm25", "--output", str(tmp_path / "out")]
     assert main([*command, *words]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
