@@ -18,7 +18,7 @@ from mteb.models import HybridSearch
 from mteb.models.model_meta import ModelMeta
 
 from eval.board import Board, unload
-from eval.tasks import local_task
+from eval.tasks import DEV, local_task
 from eval.units import RETRIEVES, Kept, part_of, statistic
 from lens.files import read_json, write_json
 
@@ -124,7 +124,7 @@ def members(options: argparse.Namespace, names: Iterable[str], tasks: Sequence[A
 def dev_tasks(options: argparse.Namespace, tasks: Sequence[Any]) -> list[Any]:
     """The tasks that weights are chosen on. Raises ValueError for one that is evaluated too, or does not retrieve."""
     evaluated = {(task.metadata.revision, split) for task in tasks for split in task.eval_splits}
-    found = [local_task(given, dev=True) for given in options.dev]
+    found = [local_task(given, DEV) for given in options.dev]
     for given, task in zip(options.dev, found, strict=True):
         if task.metadata.type not in RETRIEVES:
             raise ValueError(f"--dev {given}: weights are chosen on retrieval and reranking, not {task.metadata.type}")

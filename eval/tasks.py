@@ -38,8 +38,8 @@ from lens.identity import sha256
 KINDS = ("retrieval", "reranking", "sts", "pair", "classification", "clustering", "summarization")
 SPLITS = ("test", "dev", "validation")
 """Names of what is evaluated, the first of these that there is."""
-DEV_SPLITS = ("dev", "validation")
-"""Names of what weights are chosen on."""
+DEV = ("dev", "validation")
+"""Names of what settings are chosen on."""
 LOCAL = "local/"
 """What the path of a folder's data set begins with in its metadata."""
 SUMMARIES = 3
@@ -69,11 +69,10 @@ def known_tasks() -> dict[str, str]:
     return {task.metadata.name: task.metadata.type for task in mteb.get_tasks(exclude_superseded=False)}
 
 
-def local_task(given: str, dev: bool = False) -> AbsTask:
+def local_task(given: str, splits: Sequence[str] | None = None) -> AbsTask:
     """The task of DIR or DIR:KIND; its data are read when it is evaluated, its revision is a hash of its files.
 
-    With `dev` it is that of the split dev or validation, or of the only one there is, and its name ends in the split's.
-
+    With `splits`, such as DEV, the first of them that there is is evaluated, and its name is part of the task's.
     Raises FileNotFoundError or ValueError naming folder, file and line, what was expected and what was found.
     """
     place, colon, kind = given.partition(":") if not Path(given).exists() else (given, "", "")
@@ -94,8 +93,8 @@ def local_task(given: str, dev: bool = False) -> AbsTask:
         raise ValueError(f"{given}: results are kept by the folder's name, so it may hold letters, digits and ._- only")
     if name in known_tasks():
         raise ValueError(f"{given}: mteb has a task named {name}: rename the folder, so that results are not mistaken")
-    split = _split(folder, kind, DEV_SPLITS if dev else SPLITS)
-    return _build(folder, f"{name}.{split}" if dev else name, kind, split)
+    split = _split(folder, kind, splits)
+    return _build(folder, name if splits is None else f"{name}.{split}", kind, split)
 
 
 def _build(folder: Path, name: str, kind: str, split: str) -> AbsTask:
@@ -153,16 +152,18 @@ def _kind(folder: Path) -> str:
     raise ValueError(f"{path}: the fields {', '.join(sorted(fields))} are of no kind of task ({', '.join(KINDS)})")
 
 
-def _split(folder: Path, kind: str, wanted: Sequence[str] = SPLITS) -> str:
+def _split(folder: Path, kind: str, splits: Sequence[str] | None = None) -> str:
     if kind in ("retrieval", "reranking"):
         names = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
         if not names:
             raise FileNotFoundError(f"{folder} has no qrels/SPLIT.tsv")
     else:
         names = list(_files(folder))
-    found = next((name for name in wanted if name in names), names[0] if len(names) == 1 else None)
+    only = names[0] if len(names) == 1 and splits is None else None
+    found = next((name for name in splits or SPLITS if name in names), only)
     if found is None:
-        raise ValueError(f"{folder} has {', '.join(names)}, of which none is called {', '.join(wanted)}: rename one")
+        wanted = ", ".join(splits or SPLITS)
+        raise ValueError(f"{folder} has {', '.join(names)}, of which none is called {wanted}: rename one")
     return found
 
 
