@@ -262,7 +262,8 @@ def run_hybrid(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict[
         f"mean-pooled backbone {dense.mteb_model_meta.name}, texts cut to {options.dense_length} tokens.",
         *(note for store in stores for note in store.notes),
     ]
-    extra = {"weight": facts[chosen]["weight"], "dev": {"tasks": dict(on_dev.tasks), "points": on_dev.rows()}}
+    seen = {"tasks": dict(on_dev.tasks), "points": on_dev.rows()} if dev else None
+    extra = {"weight": facts[chosen]["weight"], "dev": seen}
     return _written(
         "hybrid", "LENS + dense", options, found, said, {"weight": "weight"}, plot, notes, failures + more, extra
     )
@@ -270,7 +271,7 @@ def run_hybrid(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict[
 
 def _opened(given: str, options: argparse.Namespace) -> tuple[str, LensEncoder]:
     name, model, meta = open_model(given, options.device, dtype=options.dtype)
-    return name, LensEncoder(model, meta)
+    return name, LensEncoder(model, meta, options.output / "work")
 
 
 def _facts(tasks: Sequence[Any]) -> dict[str, dict[str, str]]:
@@ -296,6 +297,8 @@ def scored(
                     failures.append(f"{name} on {reason}")
                     print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
                 if score is not None and part is task:
+                    # read from its file, which has fewer digits, so that a later run reports the very same figures
+                    score, _ = evaluated(point.system, part, cache)
                     scores[name][task.metadata.name] = score
                     print(f"{task.metadata.name}  {name}  {score:.4f}", flush=True)
         for store in stores:
