@@ -147,7 +147,7 @@ def run_pruning(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict
             label = "largest values" if facts["method"] == "top" else f"dropped: {facts['method']}"
             lines.setdefault(label, []).append((facts["values"], found.mean(point)))
     x = "non-zero values of a text on average"
-    plot = findings.curves(lines, x, found.mean(found.first), True) if lines else None
+    plot = findings.curves(lines, x, found.mean(found.first), logarithmic=True) if lines else None
     labels = {"values": "values a text", "dimensions": "dimensions"}
     source_of = f"{useful.texts:,} texts of " + (options.calibrate or "the evaluated tasks, without labels")
     notes = [
@@ -191,7 +191,7 @@ def run_variants(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dic
     plot = None
     if found.compared and axis == "dimensions":
         line = [(facts["dimensions"], found.mean(name)) for name, facts in found.points.items()]
-        plot = findings.curves({"models": line}, "clusters K", None, True)
+        plot = findings.curves({"models": line}, "clusters K", logarithmic=True)
     elif found.compared:
         plot = findings.bars(found)
     labels = {"dimensions": "K", "pooling": "pooling", "attention": "attention", "head": "head"}
@@ -256,7 +256,7 @@ def run_hybrid(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict[
         lines = {"tasks": [(row["weight"], found.mean(name)) for name, row in facts.items()]}
         if dev:
             lines["dev splits"] = [(row["weight"], on_dev.mean(name)) for name, row in facts.items()]
-        plot = findings.curves(lines, "weight of LENS", None, False)
+        plot = findings.curves(lines, "weight of LENS", mark=facts[chosen]["weight"])
     notes += [
         f"Embeddings are [√w · LENS, √(1-w) · dense], so that cosines are summed with weights w and 1-w; dense is the "
         f"mean-pooled backbone {dense.mteb_model_meta.name}, texts cut to {options.dense_length} tokens.",

@@ -26,7 +26,8 @@ NOTHING = "No task has a score at every point, so nothing can be said."
 INTERVALS = (
     "Scores are the tasks' main measures times 100; a mean gives every task the same weight. Differences are paired by "
     "task, and their intervals 95% percentile bootstrap intervals over tasks: they tell how far a mean would move with "
-    "other tasks of these kinds, not with other queries of the same tasks."
+    "other tasks of these kinds, not with other queries of the same tasks. They are not "
+    "widened for the number of points."
 )
 
 
@@ -265,22 +266,31 @@ def standing(axes: Any) -> str:
     return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + STYLE, svg(axes), count=1)
 
 
-def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, level: float | None, logarithmic: bool) -> str:
-    """SVG: mean score against a figure, a line for each name, and a level to compare with."""
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x: str,
+    level: float | None = None,
+    mark: float | None = None,
+    logarithmic: bool = False,
+) -> str:
+    """SVG: mean score against a figure, a line for each name; a `level` to compare with, a `mark` at the choice."""
     axes = canvas(3.2)
     styles = zip((LENS, LOSS, INK, OTHER), ("-", "--", "-.", ":"), strict=True)
     for (name, points), (colour, style) in zip(lines.items(), styles, strict=False):
         across, up = zip(*sorted(points), strict=True)
         axes.plot(across, [100 * value for value in up], color=colour, linestyle=style, marker=".", label=name)
     if level is not None:
-        axes.axhline(100 * level, color=INK, linewidth=0.8)
+        axes.axhline(100 * level, color=INK, linewidth=0.8, label="as it is")
+    if mark is not None:
+        axes.axvline(mark, color=INK, linewidth=0.8, linestyle=":", label="chosen")
     if logarithmic:
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel("mean score", color=INK)
     axes.grid(color=LINE)
-    if len(lines) > 1:
+    if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     return standing(axes)
 
