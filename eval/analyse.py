@@ -368,7 +368,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code: 0, 1 where a point failed on a task, 2 with one line for bad input."""
     options = parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", module="mteb")
+    warnings.filterwarnings("ignore", module="mteb|sklearn")  # of labels that a classifier never gives, at every point
     logging.getLogger("mteb").setLevel(logging.CRITICAL)  # failures are told by `scored`
     datasets.disable_progress_bars()
     try:

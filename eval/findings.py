@@ -194,6 +194,8 @@ def _orders(found: Findings, one: str, other: str) -> list[str]:
         return []
     share = max(shares)
     difference = found.difference(named[one, share], named[other, share])
+    if difference.low is None:
+        return []
     shown = f"With {share:.0%} dropped, dropping by {one} and by {other} order"
     if not difference.told:
         return [f"{shown} cannot be told apart ({difference})."]

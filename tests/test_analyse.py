@@ -258,7 +258,9 @@ def test_real_data(model: Path, tmp_path: Path) -> None:
     found = points(tmp_path / "out")
     assert found["unpruned"]["scores"] == wanted
     assert found["top 16"]["scores"]["adi"] != found["top 2"]["scores"]["adi"]
-    assert "one task tells nothing of others" in results(tmp_path / "out")["sentences"][1]
+    told = results(tmp_path / "out")["sentences"]
+    assert len(told) == 5  # of orders against each other nothing can be said
+    assert all("one task tells nothing of others" in sentence for sentence in told[1:])
 
 
 def test_a_failing_point_leaves_its_task_out(
