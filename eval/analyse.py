@@ -26,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
 import mteb
 import numpy as np
-from mteb.cache import ResultCache
 
 from eval import findings
 from eval.baselines import dense_encoder
-from eval.benchmark import add_task_options, check_arithmetic, chosen_tasks, evaluated
+from eval.benchmark import add_task_options, check_arithmetic, chosen_tasks
+from eval.board import evaluated, unload
+from eval.cache import WholeCache
 from eval.encoder import LensEncoder
 from eval.findings import Findings
 from eval.meta import open_model
@@ -282,7 +283,7 @@ def scored(
     points: Mapping[str, Point], tasks: Sequence[Any], options: argparse.Namespace, stores: Sequence[Store]
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Main scores, point -> task -> score, and what failed; task after task, so that one's embeddings are held."""
-    cache = ResultCache(options.output)
+    cache = WholeCache(options.output)
     scores: dict[str, dict[str, float]] = {name: {} for name in points}
     failures: list[str] = []
     for task in tasks:
@@ -297,12 +298,11 @@ def scored(
                     failures.append(f"{name} on {reason}")
                     print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
                 if score is not None and part is task:
-                    # read from its file, which has fewer digits, so that a later run reports the very same figures
-                    score, _ = evaluated(point.system, part, cache)
                     scores[name][task.metadata.name] = score
                     print(f"{task.metadata.name}  {name}  {score:.4f}", flush=True)
         for store in stores:
             store.forget()
+        unload(task)
     return scores, failures
 
 
