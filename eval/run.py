@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import lens
+from eval.beir_report import Details, html, markdown
 from eval.lexical import lexical_folders, lexical_system, load_lexical
 from eval.metrics import MEASURES, compare
-from eval.report import Details, html, markdown
 from eval.scoring import (
     Evaluation,
     System,

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 import lens
 from eval import pruning
 from eval.metrics import MEASURES, compare
+from eval.page import Table, number, p_value
 from eval.pruning import METHODS, Csr
-from eval.report import Table, number, p_value
 from eval.run import machine, model_folders, named, read_datasets, versions
 from eval.scoring import CHUNK_VALUES, evaluate, judged_queries, vector_system
 from lens.corpus import Beir

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import page
 from eval.metrics import MEASURES, Values, compare
-from eval.report import number, p_value
+from eval.page import number, p_value
 from lens.files import atomic_file, read_json, require, write_json
 from lens.program import interruptible
 

@@ -14,7 +14,7 @@ from test_eval import DOCUMENTS, QRELS, QUERIES, StubLens
 
 import lens
 from eval import run
-from eval.report import Table
+from eval.page import Table
 
 
 class StubDense:
