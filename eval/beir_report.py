@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.metrics import MEASURES, interval
-from eval.page import INK, LENS, LINE, LOSS, OTHER, Table, canvas, figure, fold, number, p_value, page, svg
+from eval.page import INK, LENS, LINE, OTHER, Table, canvas, figure, fold, number, p_value, page, svg
+from eval.plots import win_loss
 
 MAIN = MEASURES[0]
 LABELS = {
@@ -159,7 +160,10 @@ def html(results: Mapping[str, Any], details: Mapping[str, Details]) -> str:
         plain = [name for name, facts in dataset["systems"].items() if not facts["parts"] and name != first]
         parts += ["<div class=plots>"]
         parts += [
-            figure(win_loss(detail.values, first, other), f"{first} vs. {other}: {MAIN} query by query")
+            figure(
+                win_loss(detail.values[first][MAIN] - detail.values[other][MAIN]),
+                f"{first} vs. {other}: {MAIN} query by query",
+            )
             for other in plain
         ]
         parts += ["</div>"]
@@ -184,26 +188,4 @@ def bars(values: Mapping[str, Mapping[str, NDArray[np.float64]]], first: str) ->
     axes.invert_yaxis()
     axes.set_xlim(0, min(1.12, axes.get_xlim()[1] * 1.1))
     axes.grid(axis="x", color=LINE)
-    return svg(axes)
-
-
-def win_loss(values: Mapping[str, Mapping[str, NDArray[np.float64]]], first: str, other: str) -> str:
-    """SVG: the differences of all queries on the main measure, sorted, gains and losses in two colours."""
-    difference = np.sort(values[first][MAIN] - values[other][MAIN])[::-1]
-    axes = canvas(2.2)
-    edges = np.arange(len(difference) + 1)
-    steps = np.append(difference, difference[-1:])
-    for sign, colour, count, place, align in (
-        (1, LENS, int((difference > 0).sum()), 0.02, "left"),
-        (-1, LOSS, int((difference < 0).sum()), 0.98, "right"),
-    ):
-        axes.fill_between(edges, np.clip(steps * sign, 0, None) * sign, step="post", color=colour, linewidth=0)
-        text = f"{count} better" if sign > 0 else f"{count} worse"
-        height = 0.06 if sign > 0 else 0.94
-        axes.text(place, height, text, transform=axes.transAxes, ha=align, va="center", color=INK)
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xlim(0, len(difference))
-    axes.set_ylim(-1.05, 1.05)
-    axes.grid(axis="y", color=LINE)
-    axes.set_xlabel("queries, best first")
     return svg(axes)

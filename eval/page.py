@@ -18,11 +18,12 @@ VARIABLES = {INK: "--ink", LINE: "--line", LENS: "--lens", OTHER: "--other", LOS
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a header; `best` holds (row, column) of the cells to stress."""
+    """Rows of cells under a header; `best` holds (row, column) of the cells to stress. Cells of `prose` wrap."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: frozenset[tuple[int, int]] = frozenset()
+    prose: bool = False
 
     def markdown(self) -> str:
         """The table in markdown, with its special characters escaped."""
@@ -30,7 +31,7 @@ class Table:
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cells) + " |"
 
-        rows = [[re.sub(r"([\\|`*_<>])", r"\\\1", cell) for cell in row] for row in (self.header, *self.rows)]
+        rows = [[literal(cell) for cell in row] for row in (self.header, *self.rows)]
         for row, column in self.best:
             rows[row + 1][column] = f"**{rows[row + 1][column]}**"
         rule = "| --- |" + " ---: |" * (len(self.header) - 1)
@@ -43,7 +44,55 @@ class Table:
         for i, row in enumerate(self.rows):
             cells = [f"<b>{escape(cell)}</b>" if (i, j) in self.best else escape(cell) for j, cell in enumerate(row)]
             body += f"<tr><th scope=row>{cells[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>\n"
-        return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+        kind = "table prose" if self.prose else "table"
+        return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+
+
+def literal(text: str) -> str:
+    """Text in one line of markdown that shows as it is."""
+    return re.sub(r"([\\|`*_<>\[\]$~&])", r"\\\1", " ".join(text.split()))
+
+
+class Document:
+    """A report in markdown and HTML at once, part by part; all text is escaped."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.lines = [f"# {literal(title)}"]
+        self.parts: list[str] = []
+
+    def heading(self, text: str, level: int = 2) -> None:
+        self.lines.append(f"{'#' * level} {literal(text)}")
+        self.parts.append(f"<h{level}>{escape(text)}</h{level}>")
+
+    def text(self, text: str) -> None:
+        self.lines.append(literal(text))
+        self.parts.append(f"<p>{escape(text)}</p>")
+
+    def items(self, lines: Sequence[str]) -> None:
+        self.lines.append("\n".join(f"- {literal(line)}" for line in lines))
+        self.parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
+
+    def table(self, table: Table) -> None:
+        self.lines.append(table.markdown())
+        self.parts.append(table.html())
+
+    def plots(self, plots: Sequence[tuple[str, str]], caption: str | None = None) -> None:
+        """Pairs of SVG and caption, in HTML alone; behind `caption` where one is given."""
+        content = "<div class=plots>" + "".join(figure(*plot) for plot in plots) + "</div>"
+        self.parts.append(content if caption is None else fold(caption, content))
+
+    def folded(self, caption: str, table: Table, plots: Sequence[tuple[str, str]] = (), short: bool = False) -> None:
+        """A table and plots that show when their caption is opened; the table in markdown too, unless `short`."""
+        if not short:
+            self.lines += [f"**{literal(caption)}**", table.markdown()]
+        self.parts.append(fold(caption, table.html() + "".join(figure(*plot) for plot in plots)))
+
+    def markdown(self) -> str:
+        return "\n\n".join(self.lines) + "\n"
+
+    def html(self) -> str:
+        return page(self.title, self.parts)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -133,6 +182,9 @@ figcaption { font-size: .85rem; text-align: center; margin-top: .4rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 1rem; }
 details { margin-top: 1rem; } summary { cursor: pointer; padding: .3rem 0; }
 details tbody th { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
+.prose tbody th { min-width: 0; vertical-align: top; } .prose thead th, .prose td { text-align: left; }
+.prose thead th, .prose td { white-space: normal; min-width: 13rem; overflow-wrap: anywhere; vertical-align: top; }
+.prose th:first-child { min-width: 0; }
 </style></head><body>
 @BODY@
 </body></html>

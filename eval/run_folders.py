@@ -1,0 +1,345 @@
+"""Folders of `eval/run.py`, one or several -> their systems, tasks, scores, units, costs and explanations, checked."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.significance import KINDS, Part, Units
+from lens.files import read_json, read_lines
+
+MEASURE = "nDCG@10"
+"""What is taken from the results on BEIR folders."""
+COSTS = ("seconds", "texts", "embedding_seconds", "dimensions", "active", "bytes_per_document")
+LARGEST = 1e300
+"""Figures beyond this, and integers that no float holds, are taken for damage."""
+ROUNDING = 1e-3
+"""Scores of units and of the summary that differ by more are of different evaluations."""
+
+
+@dataclass
+class Task:
+    """A task: its type, measure, revision of its data (None: unknown), and the run that it was first seen in."""
+
+    type: str
+    measure: str
+    revision: str | None
+    run: str
+
+
+@dataclass
+class System:
+    """A system of a run: scores in 0..1, costs and explained losses by task, and where its units are.
+
+    `identity` is its model and revision, None where unknown; `variant` the folder of its units, which tells variants of
+    a model apart. `units` maps a task to its file there, or for results on BEIR folders to the units themselves.
+    """
+
+    name: str
+    run: str
+    role: str
+    identity: tuple[str, ...] | None
+    scores: dict[str, float]
+    variant: str | None = None
+    units: dict[str, Path | Units] = field(default_factory=dict)
+    costs: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    explained: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass
+class Runs:
+    """What several run folders hold together; `systems` by the name that the report shows, in their order."""
+
+    tasks: dict[str, Task]
+    systems: dict[str, System]
+    failures: list[str]
+    notes: list[str]
+
+
+def run_folder(argument: str) -> tuple[str, Path]:
+    """Name and folder of [NAME=]DIR; the name is the folder's own unless it is given."""
+    name, separator, folder = argument.partition("=")
+    if not separator or Path(argument).exists():
+        return Path(argument).resolve().name, Path(argument)
+    return name, Path(folder)
+
+
+def read_runs(arguments: Sequence[str]) -> Runs:
+    """Reads the folders [NAME=]DIR. A system that two runs share (same name, revision, and scores on the same tasks)
+    is one; another of the same name is called RUN/SYSTEM.
+
+    Raises FileNotFoundError for a folder without results, and ValueError naming the file or the task for damaged files,
+    two folders of one name, and a task whose data, type or measure differ between runs.
+    """
+    folders: dict[str, Path] = {}
+    for argument in arguments:
+        name, folder = run_folder(argument)
+        if name in folders:
+            raise ValueError(f"two runs are named {name!r}: tell them apart with NAME={folder}")
+        folders[name] = folder
+    tasks: dict[str, Task] = {}
+    found: list[System] = []
+    failures: list[str] = []
+    notes: list[str] = []
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: expected a run of eval/run.py")
+        if (folder / "summary.json").is_file():
+            read = _read_mteb
+        elif (folder / "results.json").is_file():
+            read = _read_beir
+        else:
+            raise FileNotFoundError(f"{folder} holds neither summary.json nor results.json of eval/run.py")
+        run = read(name, folder)
+        for task, facts in run.tasks.items():
+            _same_task(task, tasks.setdefault(task, facts), facts)
+        prefix = f"{name}: " if len(folders) > 1 else ""
+        failures += [prefix + line for line in run.failures]
+        notes += [prefix + line for line in run.notes]
+        for system in run.systems.values():
+            twin = next((other for other in found if _same_system(other, system)), None)
+            if twin is None:
+                found.append(system)
+            else:
+                _merge(twin, system)
+    counts = [system.name for system in found]
+    systems = {}
+    for system in found:
+        shown_name = system.name if counts.count(system.name) == 1 else f"{system.run}/{system.name}"
+        if shown_name in systems:
+            raise ValueError(f"two systems are named {shown_name!r}: name the runs with NAME=DIR")
+        systems[shown_name] = system
+    return Runs(tasks, systems, failures, notes)
+
+
+def _merge(kept: System, more: System) -> None:
+    """Adds what the same system has in another run."""
+    kept.scores = more.scores | kept.scores
+    kept.units = more.units | kept.units
+    kept.costs = more.costs | kept.costs
+    kept.variant = kept.variant or more.variant
+    for other, entries in more.explained.items():
+        known = {(entry["task"], entry["query"]) for entry in kept.explained.get(other, ())}
+        new = [entry for entry in entries if (entry["task"], entry["query"]) not in known]
+        kept.explained.setdefault(other, []).extend(new)
+
+
+def _same_task(name: str, known: Task, facts: Task) -> None:
+    for what, one, other in (
+        ("type", known.type, facts.type),
+        ("measure", _plain(known.measure), _plain(facts.measure)),
+        ("data revision", known.revision, facts.revision),
+    ):
+        if one is not None and other is not None and one != other:
+            raise ValueError(f"task {name} has {what} {one} in {known.run} and {other} in {facts.run}")
+    known.revision = known.revision or facts.revision
+
+
+def _plain(measure: str) -> str:
+    """mteb's and ir-measures' name of one measure, as one."""
+    return measure.lower().replace("_at_", "@")
+
+
+def _same_system(one: System, other: System) -> bool:
+    if one.name != other.name or one.identity != other.identity:
+        return False
+    if one.variant is not None and other.variant is not None and one.variant != other.variant:
+        return False
+    if one.identity is None:  # nothing tells but the scores
+        return one.scores == other.scores
+    return all(one.scores[task] == score for task, score in other.scores.items() if task in one.scores)
+
+
+def _expect(condition: bool, path: Path, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{path} is damaged: expected {expected}; evaluate again")
+
+
+def _figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
+def _optional(folder: Path, name: str, lost: str, notes: list[str]) -> dict[str, Any]:
+    """A file of the run that older runs lack: its content, or a note on what the report then leaves out."""
+    if not (folder / name).is_file():
+        notes.append(f"no {name} in the run: {lost}")
+        return {}
+    return read_json(folder / name)
+
+
+def _read_mteb(run: str, folder: Path) -> Runs:
+    """A folder of `eval/run.py --benchmark`, `--tasks` or `--local`."""
+    path = folder / "summary.json"
+    content = read_json(path)
+    tasks, systems, failures = (content.get(key) for key in ("tasks", "systems", "failures"))
+    _expect(isinstance(tasks, dict) and isinstance(systems, dict) and bool(systems), path, "tasks and systems")
+    _expect(isinstance(failures, list) and all(isinstance(line, str) for line in failures), path, "failures as texts")
+    notes: list[str] = []
+    found = Runs({}, {}, failures, notes)
+    for name, facts in tasks.items():
+        good = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in ("type", "measure"))
+        revision = facts.get("revision") if good else None
+        _expect(good and isinstance(revision, str | None), path, f"type, measure and revision of the task {name}")
+        found.tasks[name] = Task(facts["type"], facts["measure"], revision, run)
+    for name, facts in systems.items():
+        scores = facts.get("scores") if isinstance(facts, dict) else None
+        known = isinstance(scores, dict) and set(scores) <= set(tasks)
+        _expect(known, path, f"scores of {name} on tasks that are there")
+        _expect(all(map(_figure, scores.values())), path, f"finite scores of {name}")
+        role = facts.get("role", "baseline" if name in ("bm25", "dense") else "model")
+        units, revision = facts.get("units"), facts.get("revision")
+        _expect(isinstance(units, str | None), path, f"the folder of the units of {name}")
+        identity = None if revision is None else (str(facts.get("model")), str(revision))
+        system = System(name, run, str(role), identity, dict(scores), units)
+        if units is not None:
+            places = {task: folder / units / f"{task}.json" for task in scores}
+            system.units = {task: place for task, place in places.items() if place.is_file()}
+        found.systems[name] = system
+    if not any(system.units for system in found.systems.values()):
+        notes.append("no units in the run: its systems are not tested against others")
+    costs = _optional(folder, "costs.json", "what its systems cost is not shown", notes)
+    explained = _optional(folder, "explained.json", "losses are not explained", notes)
+    for name, system in found.systems.items():
+        system.costs = _checked_costs(folder / "costs.json", name, costs.get(name, {}))
+        system.explained = _checked_explained(folder / "explained.json", name, explained.get(name, {}))
+    return found
+
+
+def _checked_costs(path: Path, system: str, costs: Any) -> dict[str, dict[str, float | None]]:
+    _expect(isinstance(costs, dict), path, f"costs of {system} by task")
+    for task, figures in costs.items():
+        good = isinstance(figures, dict) and all(figures.get(key) is None or _figure(figures[key]) for key in COSTS)
+        _expect(good, path, f"{', '.join(COSTS)} of {system} on {task} as figures")
+    return {task: {key: figures.get(key) for key in COSTS} for task, figures in costs.items()}
+
+
+def _checked_explained(path: Path, system: str, explained: Any) -> dict[str, list[dict[str, Any]]]:
+    _expect(isinstance(explained, dict), path, f"losses of {system} by the other system")
+    for other, entries in explained.items():
+        _expect(isinstance(entries, list), path, f"a list of losses of {system} to {other}")
+        for entry in entries:
+            good = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("task", "query", "text"))
+            good = good and all(_figure(entry.get(key)) for key in ("value", "other_value"))
+            _expect(
+                good and all(_explained_document(entry.get(key)) for key in ("relevant", "found")),
+                path,
+                f"task, query, text, values and documents of each loss of {system} to {other}",
+            )
+    return {other: list(entries) for other, entries in explained.items()}
+
+
+def _explained_document(document: Any) -> bool:
+    if document is None:
+        return True
+    if not isinstance(document, dict) or not isinstance(document.get("matches"), list):
+        return False
+    texts = all(isinstance(document.get(key), str) for key in ("document", "text"))
+    return texts and _figure(document.get("score")) and all(
+        isinstance(match, list) and len(match) == 3 and isinstance(match[1], list) and _figure(match[2])
+        for match in document["matches"]
+    )  # fmt: skip
+
+
+def read_units(path: Path) -> Units:
+    """The units of a system on a task, from the file of a run.
+
+    Raises ValueError naming the file when it is damaged.
+    """
+    content = read_json(path)
+    kind, parts = content.get("kind"), content.get("parts")
+    _expect(kind in KINDS and isinstance(parts, list) and bool(parts), path, f"parts, and a kind of {', '.join(KINDS)}")
+    found = []
+    for part in parts:
+        _expect(isinstance(part, dict), path, "parts with split, subset, names, values and gold")
+        names, values, gold = part.get("names"), part.get("values"), part.get("gold")
+        _expect(isinstance(names, list) and bool(names), path, "names of units")
+        for column in (values, gold) if kind != "mean" else (values,):
+            good = isinstance(column, list) and len(column) == len(names) and all(map(_figure, column))
+            _expect(good, path, f"a finite value for each of {len(names)} units")
+        golden = None if kind == "mean" else np.array(gold, dtype=np.float64)
+        _expect(kind != "ap" or bool(np.isin(golden, (0, 1)).all()), path, "gold values 0 and 1")
+        where = str(part.get("split")), str(part.get("subset"))
+        found.append(Part(*where, tuple(map(str, names)), np.array(values, dtype=np.float64), golden))
+    return Units(kind, tuple(found))
+
+
+def all_units(runs: Runs) -> dict[str, dict[str, Units]]:
+    """System -> task -> units. Those whose score is not the summary's are left out with a note in `runs.notes`."""
+    found: dict[str, dict[str, Units]] = {}
+    for name, system in runs.systems.items():
+        found[name] = {}
+        for task in (task for task in runs.tasks if task in system.units):
+            given = system.units[task]
+            units = given if isinstance(given, Units) else read_units(given)
+            score = units.score
+            if not abs(score - system.scores[task]) <= ROUNDING:
+                facts = f"give {score:.4f}, and its score is {system.scores[task]:.4f}"
+                runs.notes.append(f"the units of {name} on {task} {facts}: left out of the tests")
+            else:
+                found[name][task] = units
+    return found
+
+
+def _read_beir(run: str, folder: Path) -> Runs:
+    """A folder of `eval/run.py --beir`: each data set is a retrieval task in nDCG@10."""
+    path = folder / "results.json"
+    datasets = read_json(path).get("datasets")
+    _expect(isinstance(datasets, dict) and bool(datasets), path, "datasets")
+    found = Runs({}, {}, [], [])
+    for name, dataset in datasets.items():
+        systems = dataset.get("systems") if isinstance(dataset, dict) else None
+        _expect(isinstance(systems, dict) and bool(systems), path, f"systems on {name}")
+        found.tasks[name] = Task("Retrieval", MEASURE, None, run)
+        units = _per_query(folder / "per_query" / f"{name}.tsv", found.notes)
+        for system, facts in systems.items():
+            good = isinstance(facts, dict) and _figure(facts.get(MEASURE))
+            _expect(good, path, f"{MEASURE} of {system} on {name}")
+            role = "hybrid" if facts.get("parts") else "baseline" if system in ("bm25", "dense", "tfidf") else "model"
+            one = found.systems.setdefault(system, System(system, run, role, None, {}))
+            one.scores[name] = facts[MEASURE]
+            if system in units:
+                one.units[name] = units[system]
+            size, documents = facts.get("index_mb"), dataset.get("documents")
+            one.costs |= _checked_costs(path, system, {name: {
+                "seconds": facts.get("seconds"),
+                "dimensions": facts.get("dimensions"),
+                "active": facts.get("active_per_document"),
+                "bytes_per_document": 2**20 * size / documents if _figure(size) and _figure(documents) else None,
+            }})  # fmt: skip
+    found.notes.append("a run on BEIR folders does not explain losses, nor does it tell its texts per second")
+    return found
+
+
+def _per_query(path: Path, notes: list[str]) -> dict[str, Units]:
+    """System -> units, from the values per query of a data set."""
+    if not path.is_file():
+        notes.append(f"no {path.parent.name}/{path.name} in the run: its systems are not tested on {path.stem}")
+        return {}
+    rows = list(csv.reader((line for _, line in read_lines(path)), delimiter="\t", quoting=csv.QUOTE_NONE))
+    head = rows[0] if rows else []
+    _expect(head[:2] == ["query-id", "system"] and MEASURE in head, path, f"query-id, system and {MEASURE} as its head")
+    column = head.index(MEASURE)
+    values: dict[str, dict[str, float]] = {}
+    for number, row in enumerate(rows[1:], 2):
+        try:
+            good = len(row) == len(head) and math.isfinite(float(row[column]))
+        except ValueError:
+            good = False
+        _expect(good, path, f"a finite value in line {number}")
+        values.setdefault(row[1], {})[row[0]] = float(row[column])
+    return {
+        system: Units("mean", (Part("test", "default", tuple(held), np.array(list(held.values())), None),))
+        for system, held in values.items()
+    }
+
+
+def mean_over(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
+    """The mean score over tasks; None without any, or where one of them has no score."""
+    held = [scores.get(task) for task in tasks]
+    return None if not held or None in held else float(np.mean([score for score in held if score is not None]))
