@@ -64,7 +64,7 @@ def trade_off(points: Mapping[str, tuple[float, float]], stressed: Sequence[str]
     """Systems as points (cost above 0 on a logarithmic axis called `label`, quality); `stressed` in the colour of
     LENS."""
     axes = canvas(3.2)
-    from matplotlib.ticker import LogLocator, StrMethodFormatter  # after canvas has told how to install it
+    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter  # after canvas has told how to install it
 
     for place, (name, (cost, quality)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
         axes.plot([cost], [quality], marker="o", color=LENS if name in stressed else OTHER, markersize=7)
@@ -75,7 +75,10 @@ def trade_off(points: Mapping[str, tuple[float, float]], stressed: Sequence[str]
     axes.set_xscale("log")
     axes.margins(0.2)
     axes.minorticks_off()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    costs = [cost for cost, _ in points.values()]
+    spread = max(costs) / min(costs)  # ticks that neither run into each other nor are missing
+    ticks = MaxNLocator(4) if spread < 5 else LogLocator(subs=(1, 2, 5) if spread < 50 else (1,))
+    axes.xaxis.set_major_locator(ticks)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
     axes.grid(color=LINE)
     axes.set_xlabel(label)
