@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from eval.comparable import PUBLISHED, comparable_types
 from eval.metrics import holm
@@ -130,7 +131,7 @@ def comparisons(
     """Tests of each pair on every task that both have a score on, and on the mean over those that can be tested."""
     rows: list[dict[str, Any]] = []
     tests: list[MeanTest | None] = []
-    for one, other in pairs:
+    for one, other in tqdm(pairs, desc="tests", unit="pair", disable=None, leave=False):
         mine, theirs = runs.systems[one].scores, runs.systems[other].scores
         both = [name for name, _ in ordered(runs) if name in mine and name in theirs]
         held = [name for name in both if name in units[one] and name in units[other]]

@@ -144,7 +144,7 @@ def show_comparisons(document: Document, content: Mapping[str, Any]) -> None:
             caption = f"{row['system']} vs. {row['other']}: difference by task with its 95% interval"
             plot = [(plots.differences([*plotted, interval_row("mean", row["mean"])]), caption)]
         if cells:
-            head = [f"{row['system']} vs. {row['other']}", "units", "Δ × 100", "95% interval", "p", "p (Holm)"]
+            head = ["task", "units", "Δ × 100", "95% interval", "p", "p (Holm)"]
             table = Table([*head, "units won / tied / lost"], cells)
             document.folded(f"{row['system']} vs. {row['other']}, by task", table, plot)
 
@@ -193,9 +193,8 @@ def show_queries(
         document.plots(drawn, caption)
     for name, system in runs.systems.items():
         for other, entries in system.explained.items():
-            shown = next((n for n, s in runs.systems.items() if (s.name, s.run) == (other, system.run)), other)
             if entries:
-                document.heading(f"Where {name} loses most to {shown}", 3)
+                document.heading(f"Where {name} loses most to {other}", 3)
             for place, entry in enumerate(entries):
                 caption = f"{entry['task']}, “{shortened(entry['text'])}” ({entry['query']}): "
                 caption += f"{percent(entry['value'])} against {percent(entry['other_value'])}"
@@ -264,4 +263,5 @@ def show_method(document: Document, content: Mapping[str, Any]) -> None:
             document.heading(title)
             document.items(content[key])
     document.heading("How this was measured")
-    document.items([*METHOD, f"{content['resamples']:,} resamples of each kind a test, seed {content['seed']}."])
+    drawn = f"{content['resamples']:,} resamples of each kind a test, seed {content['seed']}."
+    document.items([*METHOD, drawn, f"Runs: {', '.join(content['runs'])}"])

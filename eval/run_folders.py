@@ -35,7 +35,7 @@ class Task:
 
 @dataclass
 class System:
-    """A system of a run: scores in 0..1, costs and explained losses by task, and where its units are.
+    """A system of a run: scores in 0..1 and costs by task, losses to other systems explained, and where its units are.
 
     `identity` is its model and revision, None where unknown; `variant` the folder of its units, which tells variants of
     a model apart. `units` maps a task to its file there, or for results on BEIR folders to the units themselves.
@@ -85,6 +85,8 @@ def read_runs(arguments: Sequence[str]) -> Runs:
         folders[name] = folder
     tasks: dict[str, Task] = {}
     found: list[System] = []
+    kept: dict[tuple[str, str], System] = {}  # what a system of a run became
+    losses: list[tuple[str, System, dict[str, list[dict[str, Any]]]]] = []
     failures: list[str] = []
     notes: list[str] = []
     for name, folder in folders.items():
@@ -108,6 +110,8 @@ def read_runs(arguments: Sequence[str]) -> Runs:
                 found.append(system)
             else:
                 _merge(twin, system)
+            kept[name, system.name] = twin or system
+            losses.append((name, twin or system, system.explained))
     counts = [system.name for system in found]
     systems = {}
     for system in found:
@@ -115,6 +119,14 @@ def read_runs(arguments: Sequence[str]) -> Runs:
         if shown_name in systems:
             raise ValueError(f"two systems are named {shown_name!r}: name the runs with NAME=DIR")
         systems[shown_name] = system
+        system.explained = {}
+    shown = {id(system): name for name, system in systems.items()}
+    for run_name, system, explained in losses:
+        for other, entries in explained.items():
+            twin = kept.get((run_name, other))
+            held = system.explained.setdefault(other if twin is None else shown[id(twin)], [])
+            known = {(entry["task"], entry["query"]) for entry in held}
+            held += [entry for entry in entries if (entry["task"], entry["query"]) not in known]
     return Runs(tasks, systems, failures, notes)
 
 
@@ -124,10 +136,6 @@ def _merge(kept: System, more: System) -> None:
     kept.units = more.units | kept.units
     kept.costs = more.costs | kept.costs
     kept.variant = kept.variant or more.variant
-    for other, entries in more.explained.items():
-        known = {(entry["task"], entry["query"]) for entry in kept.explained.get(other, ())}
-        new = [entry for entry in entries if (entry["task"], entry["query"]) not in known]
-        kept.explained.setdefault(other, []).extend(new)
 
 
 def _same_task(name: str, known: Task, facts: Task) -> None:
@@ -165,14 +173,6 @@ def _figure(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
-def _optional(folder: Path, name: str, lost: str, notes: list[str]) -> dict[str, Any]:
-    """A file of the run that older runs lack: its content, or a note on what the report then leaves out."""
-    if not (folder / name).is_file():
-        notes.append(f"no {name} in the run: {lost}")
-        return {}
-    return read_json(folder / name)
-
-
 def _read_mteb(run: str, folder: Path) -> Runs:
     """A folder of `eval/run.py --benchmark`, `--tasks` or `--local`."""
     path = folder / "summary.json"
@@ -203,11 +203,25 @@ def _read_mteb(run: str, folder: Path) -> Runs:
         found.systems[name] = system
     if not any(system.units for system in found.systems.values()):
         notes.append("no units in the run: its systems are not tested against others")
-    costs = _optional(folder, "costs.json", "what its systems cost is not shown", notes)
-    explained = _optional(folder, "explained.json", "losses are not explained", notes)
+    costs = {}
+    if (folder / "costs.json").is_file():
+        costs = read_json(folder / "costs.json")
+    else:
+        notes.append("no costs.json in the run: what its systems cost is not shown")
     for name, system in found.systems.items():
         system.costs = _checked_costs(folder / "costs.json", name, costs.get(name, {}))
-        system.explained = _checked_explained(folder / "explained.json", name, explained.get(name, {}))
+    files = [folder / "explained.json", *(folder / "explained" / f"{task}.json" for task in found.tasks)]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        notes.append("no explained losses in the run: none are shown")
+    for file in files:
+        explained = read_json(file)
+        explained = explained if file.name == "explained.json" and file.parent == folder else explained.get("rows")
+        _expect(isinstance(explained, dict), file, "rows by system")
+        for name, system in found.systems.items():
+            for other, entries in _checked_explained(file, name, explained.get(name, {})).items():
+                if other in found.systems:
+                    system.explained.setdefault(other, []).extend(entries)
     return found
 
 
@@ -247,13 +261,13 @@ def _explained_document(document: Any) -> bool:
 
 
 def read_units(path: Path) -> Units:
-    """The units of a system on a task, from the file of a run.
+    """The units of a system on a task, from the file of a run; without parts where its score does not split.
 
     Raises ValueError naming the file when it is damaged.
     """
     content = read_json(path)
     kind, parts = content.get("kind"), content.get("parts")
-    _expect(kind in KINDS and isinstance(parts, list) and bool(parts), path, f"parts, and a kind of {', '.join(KINDS)}")
+    _expect(kind in KINDS and isinstance(parts, list), path, f"parts, and a kind of {', '.join(KINDS)}")
     found = []
     for part in parts:
         _expect(isinstance(part, dict), path, "parts with split, subset, names, values and gold")
@@ -277,6 +291,8 @@ def all_units(runs: Runs) -> dict[str, dict[str, Units]]:
         for task in (task for task in runs.tasks if task in system.units):
             given = system.units[task]
             units = given if isinstance(given, Units) else read_units(given)
+            if not units.parts:
+                continue
             score = units.score
             if not abs(score - system.scores[task]) <= ROUNDING:
                 facts = f"give {score:.4f}, and its score is {system.scores[task]:.4f}"
@@ -306,11 +322,12 @@ def _read_beir(run: str, folder: Path) -> Runs:
             if system in units:
                 one.units[name] = units[system]
             size, documents = facts.get("index_mb"), dataset.get("documents")
+            sized = _figure(size) and _figure(documents) and documents > 0
             one.costs |= _checked_costs(path, system, {name: {
                 "seconds": facts.get("seconds"),
                 "dimensions": facts.get("dimensions"),
                 "active": facts.get("active_per_document"),
-                "bytes_per_document": 2**20 * size / documents if _figure(size) and _figure(documents) else None,
+                "bytes_per_document": 2**20 * size / documents if sized else None,
             }})  # fmt: skip
     found.notes.append("a run on BEIR folders does not explain losses, nor does it tell its texts per second")
     return found

@@ -209,7 +209,7 @@ def test_runs_without_units_costs_and_explanations(run: Path) -> None:
     edit(run / "summary.json", lambda c: [c["systems"][name].pop("units") for name in c["systems"]] and None)
     found = write(run, [str(run)])
     assert [note.split(":")[0] for note in found["notes"]] == [
-        "no units in the run", "no costs.json in the run", "no explained.json in the run",
+        "no units in the run", "no costs.json in the run", "no explained losses in the run",
     ]  # fmt: skip
     assert found["comparisons"][0]["mean"] is None
     assert found["comparisons"][0]["wins"] + found["comparisons"][0]["losses"] == 4

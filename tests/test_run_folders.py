@@ -35,6 +35,18 @@ def test_several_runs(tmp_path: Path, run: Path) -> None:
     assert "### Where mine/LENS loses most to dense" in markdown
     assert found["failures"][-1].startswith("mine: bm25 on lost")
 
+    # a baseline that differs from run to run is named as such where a model's losses to it are explained
+    def losing(folder: str, score: float) -> Path:
+        path = write_run(tmp_path / folder, {"LENS": (0.5, ["nf"]), "bm25": (score, ["nf"])})
+        edit(path / "explained.json", lambda c: c["LENS"]["bm25"][0].update(query=folder))
+        return path
+
+    write(tmp_path / "report", [str(losing("one", 0.3)), str(losing("two", 0.4))], resamples=200)
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    for folder in ("one", "two"):
+        after = markdown[markdown.index(f"### Where LENS loses most to {folder}/bm25") :]
+        assert f"({folder})" in after.splitlines()[2]
+
     # the same model and revision in two runs of different tasks is one system
     for folder, dropped in ((run, "nf"), (same, "sts-b")):
         edit(folder / "summary.json", lambda c, task=dropped: c["systems"]["LENS"]["scores"].pop(task) and None)
@@ -72,6 +84,29 @@ def test_units_that_do_not_fit_are_left_out(run: Path) -> None:
     assert "LENS and bm25 were measured on different units of nf: not tested there" in found["notes"]
     assert any(note.startswith("the units of LENS on mrpc give") for note in found["notes"])
     assert "different units of nf" in (run / "report.md").read_text()
+
+
+def test_tasks_that_do_not_split_have_no_test(run: Path) -> None:
+    edit(run / "units" / "s0" / "r1" / "nf.json", lambda c: c.update(parts=[]))
+    found = write(run, [str(run)], resamples=200)
+    assert list(found["comparisons"][0]["tasks"]["nf"]) == ["difference"]
+    assert found["comparisons"][0]["mean"]["tasks"] == 3
+    assert found["notes"] == []
+
+
+def test_losses_may_be_explained_task_by_task(run: Path) -> None:
+    write(run, [str(run)], resamples=200)
+    before = (run / "report.md").read_text()
+    rows = json.loads((run / "explained.json").read_text())
+    rows["LENS"]["a system of before"] = rows["LENS"][EVIL]
+    (run / "explained.json").unlink()
+    (run / "explained").mkdir()
+    (run / "explained" / "nf.json").write_text(json.dumps({"of": [], "rows": rows}))
+    write(run, [str(run)], resamples=200)
+    assert (run / "report.md").read_text() == before
+    (run / "explained" / "nf.json").write_text("{}")
+    with pytest.raises(ValueError, match="nf.json is damaged: expected rows by system"):
+        write(run, [str(run)])
 
 
 def test_runs_on_beir_folders(tmp_path: Path, run: Path) -> None:
@@ -127,7 +162,7 @@ def damage(*path: Any, value: Any) -> Callable[[Any], None]:
         ("explained.json", damage("LENS", EVIL, 0, "value", value=None)),
         ("explained.json", damage("LENS", EVIL, 0, "relevant", "matches", value=[[1, "cat"]])),
         ("units/s0/r1/nf.json", damage("kind", value="median")),
-        ("units/s0/r1/nf.json", damage("parts", value=[])),
+        ("units/s0/r1/nf.json", damage("parts", value={})),
         ("units/s0/r1/nf.json", damage("parts", 0, "values", value=[0.5])),
         ("units/s0/r1/sts-b.json", damage("parts", 0, "gold", value=None)),
         ("units/s0/r1/mrpc.json", damage("parts", 0, "gold", 3, value=2.0)),
