@@ -74,8 +74,9 @@ def show_overview(document: Document, content: Mapping[str, Any]) -> None:
     where = f"the {len(published['tasks'])} tasks of {published['benchmark']} ({published['source']})"
     if kinds:
         names = ", ".join(TYPES[kind] for kind in kinds)
-        document.text(f"Published figures stand beside ours only in the column of {names}, whose tasks are the same.")
-    document.text(f"The published means below are over {where}: other tasks than these, and not comparable with them.")
+        document.text(f"Published figures stand beside ours only under {names}, whose tasks are the same.")
+    other = "the other columns are" if kinds else "they are"
+    document.text(f"The published means below are over {where}: {other} of other tasks, and not comparable with ours.")
     columns = [*TYPES, "all"]
     head = [f"{TYPES.get(kind, 'Avg')} ({published['counts'][kind]})" for kind in columns]
     rows = [[name, *(number(row[kind], 2) for kind in columns)] for name, row in published["systems"].items()]
@@ -126,7 +127,7 @@ def show_comparisons(document: Document, content: Mapping[str, Any]) -> None:
         document.text("There is one system alone, so nothing is compared.")
         return
     head = ["mean over tasks", "tasks tested", "Δ × 100", "95% interval", "p", "p (Holm)", "tasks won / tied / lost"]
-    document.table(Table([*head, "significantly"], rows))
+    document.table(Table([*head, "significantly won / lost"], rows))
     for row in content["comparisons"]:
         cells, plotted = [], []
         for task, test in row["tasks"].items():

@@ -56,6 +56,7 @@ def test_samples_without_their_statistic_are_left_out() -> None:
     assert found[1] == 0.25
     assert np.isnan(statistic("spearman", np.arange(4.0), gold)(np.array([[0.0, 2, 1, 1]])))
     assert bounds(np.array([np.nan, 0.5, 0.5])) == (0.5, 0.5)
+    assert bounds(np.arange(1001.0)) == (25, 975)
     with pytest.raises(ValueError, match="'median' is unknown"):
         statistic("median", gold, gold)
     with pytest.raises(ValueError, match="lacks its gold"):
