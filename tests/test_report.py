@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 
 from eval.comparable import PUBLISHED
-from eval.metrics import randomisation_test
+from eval.metrics import holm, randomisation_test
 from eval.report import main, write
 
 TASKS = {
@@ -151,6 +151,9 @@ def test_figures_are_those_by_hand(run: Path, capsys: pytest.CaptureFixture[str]
     assert second["tasks"]["nf"]["p_holm"] == pytest.approx(2 * p["nf"])
     assert second["mean"]["difference"] == pytest.approx(0.005)
     assert (second["wins"], second["losses"], second["mean"]["tasks"]) == (2, 0, 2)
+    both = [row["mean"] for row in (first, second)]
+    assert [mean["p_holm"] for mean in both] == pytest.approx(holm([mean["p"] for mean in both]))
+    assert both[0]["p_holm"] > both[0]["p"]
     costs = found["costs"]
     assert costs["tasks"] == ["cran", "nf"]
     assert costs["systems"]["bm25"] == {
@@ -219,6 +222,13 @@ def test_runs_without_units_costs_and_explanations(run: Path) -> None:
     assert "## Left out" in markdown
 
 
+def test_costs_that_a_task_lacks(run: Path) -> None:
+    edit(run / "costs.json", lambda c: c["LENS"]["nf"].update(seconds=None, texts=None, bytes_per_document=None))
+    found = write(run, [str(run)], resamples=200)["costs"]["systems"]["LENS"]
+    assert found["seconds"] is None  # a sum over fewer tasks is another figure
+    assert (found["texts_per_second"], found["bytes_per_document"]) == (500, 800)
+
+
 def test_one_system_and_no_scores(tmp_path: Path) -> None:
     alone = write_run(tmp_path / "alone", {"LENS": (0.5, ["nf"])})
     assert write(alone, [str(alone)])["comparisons"] == []
@@ -260,6 +270,8 @@ def test_published_rows_stand_only_beside_the_same_tasks(tmp_path: Path) -> None
     comparable, text = table("more", {**wanted, "STS": [*wanted["STS"], "mine"]})
     assert "STS" not in comparable
     assert "all" not in comparable
+    comparable, _ = table("another type", {**wanted, "BitextMining": ["mine"]})
+    assert comparable == list(wanted)
     comparable, text = table("local", {"Retrieval": ["nf"]})
     assert comparable == []
     assert "(published)" not in text

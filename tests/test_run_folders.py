@@ -47,6 +47,12 @@ def test_several_runs(tmp_path: Path, run: Path) -> None:
         after = markdown[markdown.index(f"### Where LENS loses most to {folder}/bm25") :]
         assert f"({folder})" in after.splitlines()[2]
 
+    # variants of a model are two systems, though its name and revision are one
+    variant = write_run(tmp_path / "variant", {"LENS": (0.5, ["cran"])})
+    edit(variant / "summary.json", lambda c: c["systems"]["LENS"].update(units="units/s0/r1/experiments/int8"))
+    found = write(tmp_path / "report", [str(tmp_path / "one"), str(variant)], resamples=200)
+    assert list(found["scores"]) == ["one/LENS", "bm25", "variant/LENS"]
+
     # the same model and revision in two runs of different tasks is one system
     for folder, dropped in ((run, "nf"), (same, "sts-b")):
         edit(folder / "summary.json", lambda c, task=dropped: c["systems"]["LENS"]["scores"].pop(task) and None)

@@ -97,6 +97,7 @@ def test_identical_systems_do_not_differ(kind: str) -> None:
     tests, mean = compare_tasks({"task": one}, {"task": scaled}, 500)
     test = tests["task"]
     assert (test.difference, test.low, test.high, test.p, test.p_holm) == (0, 0, 0, 1, 1)
+    assert (test.wins, test.ties, test.losses) == ((0, 50, 0) if kind == "mean" else (None, None, None))
     assert mean is not None
     assert (mean.difference, mean.low, mean.high, mean.p) == (0, 0, 0, 1)
 
@@ -185,6 +186,22 @@ def test_holm_goes_over_the_tasks_and_the_mean_over_all() -> None:
     assert mean.high - mean.low < np.mean([test.high - test.low for test in tests.values() if test.high and test.low])
     assert compare_tasks(mine, theirs, 1000, 7) == (tests, mean)
     assert compare_tasks(mine, theirs, 1000, 8) != (tests, mean)
+
+
+def test_the_mean_takes_all_tasks_each_resampled_by_itself() -> None:
+    rng = np.random.default_rng(3)
+    one, other = (units("mean", (rng.normal(size=80) + gain, None)) for gain in (0.3, 0))
+    tests, mean = compare_tasks({"a": one, "b": one}, {"a": other, "b": other}, 2000)
+    assert mean is not None
+    widths = [test.high - test.low for test in tests.values() if test.high and test.low]
+    assert mean.high - mean.low == pytest.approx(np.mean(widths) / np.sqrt(2), rel=0.1)
+    # a task without any difference adds none by chance either
+    tests, mean = compare_tasks({"a": one, "b": one}, {"a": one, "b": other}, 2000)
+    assert mean is not None
+    assert tests["b"].p is not None
+    assert 0.001 < tests["b"].p < 0.5
+    assert mean.p == tests["b"].p
+    assert mean.difference == pytest.approx(tests["b"].difference / 2)
 
 
 def test_other_units_are_refused() -> None:
