@@ -35,6 +35,7 @@ from eval.explained import explained
 from eval.fusion import FUSIONS, chosen_weights, dev_tasks, hybrid, members
 from eval.meta import open_model
 from eval.peers import open_peer, short_name, takes
+from eval.report import write as write_report
 from eval.snapshot import Snapshot
 from eval.submission import problems
 from eval.tasks import KINDS, LOCAL, known_tasks, local_task
@@ -240,10 +241,9 @@ def run(options: argparse.Namespace) -> int:
         for system in found.values():
             if isinstance(system, LensEncoder):
                 system.model.close()
-    content = summary(tasks, board)
-    write_json(options.output / "summary.json", content)
+    write_json(options.output / "summary.json", summary(tasks, board))
     write_json(options.output / "costs.json", board.costs)
-    (options.output / "report.md").write_text("\n".join(report(content)) + "\n", encoding="utf-8")
+    write_report(options.output, [str(options.output)])
     wrong: list[str] = []
     if options.submit_dry_run:
         first = next(iter(found.values())).mteb_model_meta
@@ -316,23 +316,6 @@ def means(tasks: Mapping[str, Mapping[str, str]], scores: Mapping[str, float]) -
     }
 
 
-def report(content: Mapping[str, Any]) -> list[str]:
-    """The summary in markdown, scores times 100."""
-    names = list(content["systems"])
-
-    def cells(values: Iterable[float | None]) -> str:
-        return " | ".join("–" if value is None else f"{100 * value:.2f}" for value in values)
-
-    lines = ["| task | type | measure | " + " | ".join(names) + " |", "| --- | --- | --- |" + " ---: |" * len(names)]
-    for task, facts in sorted(content["tasks"].items(), key=lambda item: (item[1]["type"], item[0])):
-        found = cells(content["systems"][name]["scores"].get(task) for name in names)
-        lines.append(f"| {task} | {facts['type']} | {facts['measure']} | {found} |")
-    kinds = next(iter(content["systems"].values()))["means"]
-    systems = content["systems"].values()
-    lines += [f"| **mean** | {kind} | | {cells(system['means'][kind] for system in systems)} |" for kind in kinds]
-    return [*lines, *([""] if content["failures"] else []), *(f"- failed: {line}" for line in content["failures"])]
-
-
 def quiet() -> None:
     """Silences mteb and datasets; `run` tells what failed."""
     warnings.filterwarnings("ignore", module="mteb")
@@ -352,5 +335,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"report: {options.output / 'report.md'}")
+    print(f"report: {options.output / 'report.html'}")
     return 1 if failed else 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.benchmark import means
 from eval.metrics import interval
-from eval.report import INK, LENS, LINE, LOSS, OTHER, Table, canvas, svg
+from eval.page import INK, LENS, LINE, LOSS, OTHER, Table, canvas, svg
 from eval.usefulness import ORDERS
 
 LOSS_LIMIT = 0.01

@@ -159,7 +159,7 @@ def test_what_is_there_is_not_embedded_again(
     whole, output = tmp_path / "whole", tmp_path / "out"
     assert analyse("pruning", whole, *given) == 0
     task = "eval.analyse.evaluated"
-    from eval.benchmark import evaluated
+    from eval.board import evaluated
 
     def killed(system: Any, part: Any, cache: Any) -> Any:
         if part.metadata.name == "sts":

@@ -139,8 +139,8 @@ def test_what_is_there_is_not_computed_again(
     monkeypatch.setattr(lens.LENS, "encode", lambda *_, **__: pytest.fail("encoded again"))
     assert evaluate(model, output, "--local", str(beir)) == 0
     assert results(output) == first
-    assert (output / "report.md").read_text().startswith("| task | type | measure | tiny |")
-    assert "| beir | Retrieval | ndcg_at_10 |" in (output / "report.md").read_text()
+    assert "| task | type | measure | tiny |" in (output / "report.md").read_text()
+    assert "| beir | Retrieval | ndcg\\_at\\_10 |" in (output / "report.md").read_text()
 
 
 def test_a_run_killed_inside_a_corpus_gives_the_same_results(
