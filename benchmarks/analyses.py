@@ -1,0 +1,262 @@
+"""The paper's analyses on small trained models over all local tasks: pruning, LENS + dense, K, pooling, attention.
+
+    python benchmarks/analyses.py --data DATA --quickstart runs/quickstart --work runs/analyses [--decoder runs/decoder]
+    python benchmarks/analyses.py --page                # the section of docs/results.md from the stored figures only
+
+From a finished quick start the recipe lens-mini is trained again with other numbers of clusters and other pooling, on
+the same examples; --decoder is the --work folder of a finished benchmarks/decoder.py, whose models differ in attention
+too. Each analysis is one call of eval/analyse.py, the comparison of systems one of eval/run.py. What is there is not
+made again, and the same command goes on where it stopped. Writes benchmarks/results/analyses.json, plots, and the
+section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import arguments
+from benchmarks.decoder import VARIANTS, slug
+from benchmarks.page import PAGE, RESULTS, ROOT, listed, machine, p_value, versions, write_section
+from eval.tasks import DEV, local_task
+from lens.files import read_json, write_json
+
+OUTPUT = RESULTS / "analyses.json"
+PLOTS = PAGE.parent / "plots"
+RECIPE = "train/recipes/lens-mini.yaml"
+CLUSTERS = (500, 1000, 2000, 8000)
+POOLINGS = ("sum", "last")
+MODEL = "LENS"
+KINDS = ("reranking", "summarization")
+"""Second kinds in which a folder is a task too, where it has enough for that."""
+LEAST = 200
+"""Texts from which on a folder is taken as a task of summarisation: mteb's own has 100 of 16 summaries each."""
+TITLES = {
+    "run": "Systems",
+    "pruning": "Pruning",
+    "hybrid": "LENS + dense",
+    "clusters": "Number of clusters",
+    "pooling": "Pooling",
+    "attention": "Attention and pooling of a tiny decoder",
+}
+PRUNED = ("--top-n", "16", "64", "256", "1024", "--drop", "0.25", "0.5", "0.75", "0.9")
+
+
+def tasks_in(data: Path) -> tuple[list[str], list[str]]:
+    """The folders of `data` that are tasks, as DIR or DIR:KIND, and those of them that have a dev split."""
+    found, dev = [], []
+    for folder in sorted(path for path in data.iterdir() if path.is_dir()):
+        given = [str(folder), *(f"{folder}:{kind}" for kind in KINDS)]
+        for place in given:
+            try:
+                task = local_task(place)
+                task.load_data()
+            except (OSError, ValueError):  # text to train on, or too little for this kind
+                continue
+            few = task.metadata.type == "Summarization" and len(task.dataset[task.eval_splits[0]]) < LEAST
+            task.unload_data()
+            if not few:
+                found.append(place)
+        try:
+            local_task(str(folder), DEV)
+        except (OSError, ValueError):
+            continue
+        if str(folder) in found and local_task(str(folder)).eval_splits == ["test"]:
+            dev.append(str(folder))
+    return found, dev
+
+
+def program(*command: str | Path) -> None:
+    """Runs one of the project's programs; raises CalledProcessError when it fails, or some of its tasks do."""
+    print("$ python", *command, flush=True)
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+
+
+def train(options: argparse.Namespace) -> dict[str, Path]:
+    """The models by name: the quick start's, and those that are trained here."""
+    work, quick = options.work, options.quickstart
+    base = read_json(quick / "model" / "recipe.json")["base"]
+    models = {MODEL: quick / "model"}
+    k = read_json(quick / "model" / "lens.json")["dimensions"]
+    wanted = {f"{size:,} clusters": (size, "max") for size in CLUSTERS if size != k}
+    wanted |= {f"{pooling} pooling": (k, pooling) for pooling in POOLINGS}
+    for name, (size, pooling) in wanted.items():
+        clusters = quick / "clusters" if size == k else work / f"clusters-{size}"
+        if not (clusters / "clusters.json").is_file():
+            program("clustering/run.py", "--model", base, "--k", str(size), "--output", clusters)
+        models[name] = work / f"{pooling}-{size}"
+        if not (models[name] / "lens.json").is_file():
+            data = ("--data", quick / "train" / "examples.jsonl")
+            teacher = ("--teacher_embeddings", quick / "train" / "teacher.safetensors")
+            fields = ("--base", base, "--clusters", clusters, *data, *teacher, "--pooling", pooling)
+            program("train/run.py", RECIPE, *fields, "--output", models[name])
+    return models
+
+
+def analyse(options: argparse.Namespace) -> None:
+    """Runs the programs, each into a folder of its own in `options.work`."""
+    models = train(options)
+    tasks, dev = tasks_in(options.data)
+    ranked = [place for place in dev if local_task(place).metadata.type == "Retrieval"]
+    local, whole = ("--local", *tasks), ("--model", f"{MODEL}={models[MODEL]}")
+    sizes = [f"{name}={models[name]}" for name in models if "clusters" in name]
+    pooled = [f"{name}={models[name]}" for name in models if "pooling" in name]
+    others = [f"{name}={options.decoder / slug(name, 0)}" for name in VARIANTS] if options.decoder else []
+    fused = ("--baselines", "bm25", "dense", "--hybrids", f"{MODEL}+dense", f"{MODEL}+bm25", "--dev", *ranked)
+    commands: dict[str, tuple[Any, ...]] = {
+        "run": ("eval/run.py", *whole, *local, *fused),
+        "pruning": ("eval/analyse.py", "pruning", *whole, *local, *PRUNED),
+        "hybrid": ("eval/analyse.py", "hybrid", *whole, *local, "--dev", *dev),
+        "clusters": ("eval/analyse.py", "variants", *whole, *sizes, *local, "--axis", "dimensions"),
+        "pooling": ("eval/analyse.py", "variants", *whole, *pooled, *local, "--axis", "none"),
+    }
+    if others:
+        commands["attention"] = ("eval/analyse.py", "variants", "--model", *others, *local, "--axis", "none")
+    for name, command in commands.items():
+        if name in options.only:
+            program(*command, "--device", "cpu", "--output", options.work / name)
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the analyses that are finished, and their plots into docs/plots."""
+    content: dict[str, Any] = {"machine": machine(), "versions": versions("lens-embeddings", "torch", "mteb")}
+    content["analyses"] = {}
+    for name in TITLES:
+        place = options.work / name
+        file = place / ("report.json" if name == "run" else "results.json")
+        if not file.is_file():
+            continue
+        held = read_json(file)
+        if held["failures"]:
+            raise ValueError(f"{file} tells of tasks that failed: {held['failures'][0]}")
+        if name == "run":
+            kept = ("overview", "tasks", "comparisons", "costs")
+            content["analyses"][name] = {key: held[key] for key in kept}
+            content["analyses"][name]["hybrids"] = read_json(place / "hybrids.json")
+            continue
+        points = [
+            {**point, "scores": {task: round(score, 5) for task, score in point["scores"].items()}}
+            for point in held["points"]
+        ]
+        kept = ("sentences", "tasks", "notes")
+        content["analyses"][name] = {**{key: held[key] for key in kept}, "points": points}
+        if (place / "plot.svg").is_file():
+            shutil.copyfile(place / "plot.svg", PLOTS / f"analysis-{name}.svg")
+    return content
+
+
+def section(content: Mapping[str, Any]) -> list[str]:
+    """The section of docs/results.md."""
+    lines = [
+        "## The paper's analyses on small models",
+        "",
+        "Written by `benchmarks/analyses.py` from `benchmarks/results/analyses.json`; do not edit. "
+        f"Machine: {listed(content['machine'])}. Versions: {listed(content['versions'])}.",
+        "",
+        "LENS is the quick start's model (MiniLM, trained on Python's documentation), which saw nothing of these sets; "
+        "the other models share its recipe, examples and steps. Tasks are all folders of `--data` that are one; scores "
+        "are their main measures times 100, and a mean gives every task the same weight. Intervals of the analyses are "
+        "over tasks, those of the systems over queries, pairs, texts and draws of these tasks.",
+    ]
+    for name, held in content["analyses"].items():
+        lines += ["", f"### {TITLES[name]}", ""]
+        lines += systems(held) if name == "run" else analysis(name, held)
+    return lines
+
+
+def analysis(name: str, held: Mapping[str, Any]) -> list[str]:
+    """One analysis: its sentences, table and plot."""
+    kinds = [*dict.fromkeys(facts["type"] for facts in held["tasks"].values()), "all"]
+    first = held["points"][0]["name"]
+    lines = ["\n".join(f"- {sentence}" for sentence in held["sentences"]), ""]
+    if (PLOTS / f"analysis-{name}.svg").is_file():
+        lines += [f"![Mean score](plots/analysis-{name}.svg)", ""]
+    lines += [
+        f"| point | {' | '.join(kinds)} | Δ to {first} | 95% interval |",
+        "| --- |" + " ---: |" * (len(kinds) + 2),
+    ]
+    for point in held["points"]:
+        found = point["difference"]
+        cells = [score(point["means"][kind]) for kind in kinds] + (["–", "–"] if found is None else difference(found))
+        lines.append(f"| {point['name']} | {' | '.join(cells)} |")
+    return [*lines, "", *(f"- {note}" for note in held["notes"])]
+
+
+def systems(held: Mapping[str, Any]) -> list[str]:
+    """LENS beside the baselines and hybrids."""
+    overview = held["overview"]
+    kinds = list(overview["tasks"])
+    lines = [
+        "| system | " + " | ".join(f"{kind} ({overview['tasks'][kind]})" for kind in kinds) + " |",
+        "| --- |" + " ---: |" * len(kinds),
+    ]
+    for name, means in overview["systems"].items():
+        lines.append(f"| {name} | " + " | ".join(score(means[kind]) for kind in kinds) + " |")
+    lines += ["", "| mean over the tasks of both | tasks | Δ | 95% interval | p (Holm) |", "| --- |" + " ---: |" * 4]
+    for row in held["comparisons"]:
+        mean = row["mean"]
+        if mean is not None:
+            cells = [str(mean["tasks"]), *difference({**mean, "mean": mean["difference"]}), p_value(mean["p_holm"])]
+            lines.append(f"| {row['system']} vs. {row['other']} | " + " | ".join(cells) + " |")
+    chosen = ", ".join(f"{name} {facts['weight']:g}" for name, facts in held["hybrids"].items())
+    return [*lines, "", f"Weights of the first member, chosen on dev splits: {chosen}."]
+
+
+def score(value: float | None) -> str:
+    """A score for a table, times 100."""
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def difference(found: Mapping[str, float | None]) -> list[str]:
+    """A difference and its interval for a table, times 100."""
+    low, high, mean = found["low"], found["high"], found["mean"]
+    shown = "–" if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
+    return ["–" if mean is None else f"{100 * mean:+.2f}", shown]
+
+
+def decoders(text: str) -> Path:
+    """The work folder of a finished benchmarks/decoder.py."""
+    for name in VARIANTS:
+        arguments.artifact(str(Path(text) / slug(name, 0)))
+    return Path(text).resolve()
+
+
+def finished(text: str) -> Path:
+    """A folder with a finished quick start."""
+    folder = Path(text)
+    for part in ("model/lens.json", "clusters/clusters.json", "train/examples.jsonl", "train/teacher.safetensors"):
+        if not (folder / part).is_file():
+            raise argparse.ArgumentTypeError(f"{folder} is no finished quick start: it has no {part}")
+    return folder.resolve()
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of folders, as eval/run.py --local takes each")
+    add("--quickstart", type=finished, help="output folder of a finished quick start")
+    add("--decoder", type=decoders, help="work folder of a finished benchmarks/decoder.py")
+    add("--work", type=Path, default=Path("runs/analyses"), help="folder of all models and results (runs/analyses)")
+    add("--only", nargs="+", choices=TITLES, default=list(TITLES), help="analyses to run; those there are all shown")
+    add("--page", action="store_true", help="write the section from the stored figures, no more")
+    options = parser.parse_args(given)
+    arguments.check(parser, options, OUTPUT)
+    if not options.page:
+        if options.data is None or options.quickstart is None:
+            parser.error("give --data and --quickstart, or --page")
+        options.data, options.work = options.data.resolve(), options.work.resolve()
+        options.work.mkdir(parents=True, exist_ok=True)
+        analyse(options)
+        write_json(OUTPUT, collect(options))
+    write_section("analyses", section(read_json(OUTPUT)))
+
+
+if __name__ == "__main__":
+    main()
