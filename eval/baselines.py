@@ -92,11 +92,22 @@ class BM25Search:
         )
         self.ids: list[str] = []
         self.bm25: BM25 | None = None
+        self.asked = 0
 
     def index(self, corpus: Any, *, task_metadata: TaskMetadata, **_: Any) -> None:
         """Indexes a corpus, which is held in memory."""
         self.ids = list(corpus["id"])
         self.bm25 = BM25(texts_of(corpus, task_metadata, PromptType.document), **self.options)
+
+    def cost(self) -> dict[str, Any]:
+        """Texts since the last call, and of the corpus indexed last dimensions, distinct words and bytes of a
+        document."""
+        if self.bm25 is None:
+            return {}
+        texts, self.asked = len(self.ids) + self.asked, 0
+        size = self.bm25.held / max(1, len(self.ids))
+        facts = {"dimensions": self.bm25.dimensions, "active": round(self.bm25.active_per_document, 2)}
+        return {**facts, "bytes_per_document": round(size, 1), "texts": texts}
 
     def search(
         self,
@@ -113,6 +124,7 @@ class BM25Search:
         if task_metadata.type in RERANKING and top_ranked is None:
             raise ValueError(f"{task_metadata.name}: the candidates to rerank (top_ranked) are missing")
         position = {name: i for i, name in enumerate(self.ids)}
+        self.asked += len(queries)
         found: dict[str, dict[str, float]] = {}
         asked: dict[str, list[str]] = {}
         for query, text in zip(queries["id"], texts_of(queries, task_metadata, PromptType.query), strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 
 import mteb
 
+from eval.baselines import BM25Search
 from eval.cache import WholeCache
 from eval.encoder import ChunkedEncoder
 from eval.peers import dimensions_of
@@ -82,7 +83,8 @@ def evaluated(system: Any, task: Any, cache: WholeCache, keep: bool = False) -> 
         reasons += [f"{error.task_name}: {' '.join(error.exception.split())}" for error in result.exceptions or []]
         if isinstance(system, ChunkedEncoder):
             system.forget(remove=not reasons)
-        cost = system.spent.read() if isinstance(system, ChunkedEncoder) else {"dimensions": dimensions_of(meta)}
+        known = isinstance(system, ChunkedEncoder | BM25Search)
+        cost = system.cost() if known else {"dimensions": dimensions_of(meta)}
         if content is None and not reasons:
             kept.write(result.task_results[0], cost, keep, [Kept(output, meta, one) for one in parts if part is task])
     if reasons:

@@ -112,6 +112,10 @@ class ChunkedEncoder(AbsEncoder):
         self.spent = Spent(dimensions)
         self.searches: list[Path] = []
 
+    def cost(self) -> dict[str, Any]:
+        """What embedding has cost since the last call, see `Spent.read`."""
+        return self.spent.read()
+
     def forget(self, remove: bool = True) -> None:
         """Forgets the searches so far, and removes their files once their results are kept elsewhere."""
         for path in self.searches if remove else ():

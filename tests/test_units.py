@@ -133,6 +133,9 @@ def test_costs_and_roles(ran: SimpleNamespace) -> None:
     assert 0 < own["active"] <= own["dimensions"]
     assert own["bytes_per_document"] == pytest.approx(min(4 * own["dimensions"], 8 * own["active"]), abs=0.1)
     assert costs["dense"]["wiki"]["bytes_per_document"] == 4 * costs["dense"]["wiki"]["dimensions"]
+    words = [set(re.findall(r"\w+", text.lower())) for text in beir.corpus.values()]
+    assert 0.4 * np.mean([*map(len, words)]) < costs["bm25"]["wiki"]["active"] <= np.mean([*map(len, words)])
+    assert costs["bm25"]["wiki"]["bytes_per_document"] == pytest.approx(8 * costs["bm25"]["wiki"]["active"], rel=0.01)
     roles = {name: system["role"] for name, system in ran.summary["systems"].items()}
     assert roles["tiny"] == "model"
     assert roles["st"] == "peer"
