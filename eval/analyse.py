@@ -30,14 +30,15 @@ import numpy as np
 from eval import findings
 from eval.baselines import dense_encoder
 from eval.benchmark import add_task_options, check_arithmetic, chosen_tasks
-from eval.board import evaluated, unload
+from eval.board import evaluated
 from eval.cache import WholeCache
 from eval.encoder import LensEncoder
 from eval.findings import Findings
+from eval.fusion import dev_tasks
 from eval.meta import open_model
 from eval.run import machine, versions
-from eval.snapshot import Snapshot
-from eval.tasks import DEV, KINDS, LOCAL, local_task
+from eval.snapshot import Snapshot, unload
+from eval.tasks import KINDS, LOCAL
 from eval.usefulness import ORDERS, usefulness
 from eval.variants import Store, Variant, named, pruning, unchanged, weighted
 from lens.files import read_json, require, write_json
@@ -201,16 +202,7 @@ def run_variants(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dic
 
 def run_hybrid(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
     """LENS joined with the dense baseline, at every weight."""
-    dev = [local_task(given, DEV) for given in options.dev]
-    tested = {(task.metadata.dataset["path"], split) for task in tasks for split in task.eval_splits}
-    names: set[str] = set()
-    for given, task in zip(options.dev, dev, strict=True):
-        (split,) = task.eval_splits
-        if (task.metadata.dataset["path"], split) in tested:
-            raise ValueError(f"--dev {given}: --local is evaluated on its {split} split, so the weight would be seen")
-        if task.metadata.name in names:
-            raise ValueError(f"two --dev tasks are named {task.metadata.name!r}: rename a folder")
-        names.add(task.metadata.name)
+    dev = dev_tasks(options.dev, tasks)
     name, source = _opened(options.model, options)
     try:
         config, meta = source.model.config, source.mteb_model_meta
@@ -292,7 +284,7 @@ def scored(
             for name, point in points.items():
                 if name in failed:
                     continue
-                score, reasons = evaluated(point.system, part, cache)
+                score, reasons = evaluated(point.system, part, cache, split=False)
                 for reason in reasons:
                     failed.add(name)
                     failures.append(f"{name} on {reason}")

@@ -6,7 +6,7 @@
 Results lie in mteb's own layout, OUTPUT/results/OWNER__MODEL/REVISION/TASK.json with model_meta.json, and what is there
 is not computed again: the same command goes on after a kill, at the chunk of the corpus that it had not finished.
 OUTPUT/summary.json and OUTPUT/report.md hold the main scores of all systems and their means by type, OUTPUT/units what
-the scores are made of, costs.json and explained.json what they cost and where a model loses most.
+the scores are made of, OUTPUT/explained where a model loses most, costs.json what it costs.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ import mteb
 from mteb.models import HybridSearch
 
 from eval.baselines import BM25Search, dense_encoder
-from eval.board import Board, unload
+from eval.board import Board
 from eval.by_task import by_task, on_one
 from eval.encoder import LensEncoder
 from eval.explained import explained
-from eval.fusion import FUSIONS, chosen_weights, dev_tasks, hybrid, members
+from eval.fusion import FUSIONS, chosen_weights, dev_tasks, hybrid, members, unfusable
 from eval.meta import open_model
 from eval.peers import open_peer, short_name, takes
 from eval.report import write as write_report
-from eval.snapshot import Snapshot
+from eval.snapshot import Snapshot, unload
 from eval.submission import problems
 from eval.tasks import KINDS, LOCAL, known_tasks, local_task
 from eval.units import RETRIEVES, Kept
@@ -172,6 +172,14 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def explain(output: Path, task: Any, found: Mapping[str, Any], count: int) -> None:
+    """Explains what models lose most on a task, or says why not: the scores stand without it."""
+    try:
+        explained(output, task, found, count)
+    except Exception as error:
+        print(f"{task.metadata.name}: losses are not explained: {error}", file=sys.stderr, flush=True)
+
+
 def names_of(options: argparse.Namespace) -> list[str]:
     """What the systems of the command line are called. Raises ValueError where there are none, or two of one name."""
     if not options.model and not options.baselines and not options.peers:
@@ -211,10 +219,12 @@ def run(options: argparse.Namespace) -> int:
     submission."""
     if options.by == "task" and not options.devices:
         raise ValueError("--by task shares tasks among devices: name them with --devices")
+    if (options.output / "results.json").is_file():
+        raise ValueError(f"{options.output} holds the report of another program: choose another --output")
     if options.explain < 0:
         raise ValueError(f"--explain is {options.explain}: it is a number of queries")
     tasks = tasks_of(options)
-    dev = dev_tasks(options, tasks)
+    dev = dev_tasks(options.dev, tasks)
     pairs = members(options, names_of(options), tasks)
     done: dict[Any, Any] = {}
     if options.by == "task":
@@ -233,9 +243,12 @@ def run(options: argparse.Namespace) -> int:
             for name, (pair, fusion, chosen) in weights.items():
                 if task.metadata.type in RETRIEVES and all(takes(found[member], task) for member in pair):
                     metas = [found[member].mteb_model_meta for member in pair]
+                    if unfusable(options.output, metas, task):
+                        print(f"{task.metadata.name}: too many queries, not fused", file=sys.stderr, flush=True)
+                        continue
                     board.evaluate(name, hybrid(options.output, metas, task, fusion, chosen.weight), task)
             if options.explain:
-                explained(options.output, task, found, options.explain)
+                explain(options.output, task, found, options.explain)
             unload(task)
     finally:
         for system in found.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import mteb
+import numpy as np
 
 from eval.baselines import BM25Search
 from eval.cache import WholeCache
 from eval.encoder import ChunkedEncoder
 from eval.peers import dimensions_of
-from eval.units import RETRIEVES, Kept, main_score, too_many
+from eval.units import Kept, main_score, too_many
 
 Outcome = tuple[float | None, list[str]]
 """A main score, or None and why there is none."""
@@ -46,30 +48,39 @@ class Board:
             print(f"{task.metadata.name}  {name}  {score:.4f}", flush=True)
 
 
-def evaluated(system: Any, task: Any, cache: WholeCache, keep: bool = False) -> Outcome:
+def evaluated(system: Any, task: Any, cache: WholeCache, keep: bool = False, split: bool = True) -> Outcome:
     """The main score of a system on a task, over the splits and subsets that were asked for, or why there is none.
-    With `keep` what it retrieved stays in the folder's predictions/.
+    With `keep` what it retrieved stays in the folder's predictions/, without `split` no units are written.
 
     The parts of an aggregate come first, each by itself, because mteb stores the mean of what did not fail.
     """
     meta, output = system.mteb_model_meta, cache.cache_path
     reasons: list[str] = []
-    parts = getattr(task.metadata, "tasks", [])
+    parts = list(getattr(task.metadata, "tasks", None) or [])
     for part in [*parts, task]:
         if reasons:
             break
         kept = Kept(output, meta, part)
-        kept.drop_torn()
-        done = False
+        stored = None
         with suppress(ValueError):  # a torn file
             stored = cache.load_task_result(part.metadata.name, meta)
-            done = stored is not None and not stored.get_missing_evaluations(part)
-        retrieves = part is not task or not parts
-        again = done and keep and retrieves and part.metadata.type in RETRIEVES and not kept.predictions.is_file()
-        content = kept.content() if done and not again else None
-        if content is None and retrieves:
+        current = stored is not None and stored.dataset_revision == part.metadata.revision
+        done = current and not stored.get_missing_evaluations(part)
+        if stored is not None and not current:
+            kept.forget()  # of other data
+        own = part is not task or not parts
+        content = kept.content() if done else None
+        if content is None:
+            kept.drop_torn()
+        again = bool(done and keep and own and kept.lack_predictions(content))
+        if again:
+            print(f"{part.metadata.name}  {meta.name}  searched again, to be fused", file=sys.stderr, flush=True)
+        missing = split and (content is None or again)
+        if missing and own:
             with suppress(Exception):  # mteb meets it again, and tells it
                 part.load_data()
+        if hasattr(part, "rng_state"):  # a clustering draws from it: every system gets the same draws
+            part.rng_state, part.np_rng = random.Random(part.seed), np.random.default_rng(part.seed)
         result = mteb.evaluate(
             system,
             part,
@@ -77,23 +88,19 @@ def evaluated(system: Any, task: Any, cache: WholeCache, keep: bool = False) -> 
             raise_error=False,
             show_progress_bar=False,
             co2_tracker=False,
-            prediction_folder=None if not retrieves or too_many(part) else kept.folder,
-            overwrite_strategy="always" if again else "only-missing",
+            prediction_folder=kept.folder if split and own and not too_many(part) else None,
+            overwrite_strategy="always" if again or (stored is not None and not current) else "only-missing",
         )
         reasons += [f"{error.task_name}: {' '.join(error.exception.split())}" for error in result.exceptions or []]
         if isinstance(system, ChunkedEncoder):
             system.forget(remove=not reasons)
         known = isinstance(system, ChunkedEncoder | BM25Search)
         cost = system.cost() if known else {"dimensions": dimensions_of(meta)}
-        if content is None and not reasons:
-            kept.write(result.task_results[0], cost, keep, [Kept(output, meta, one) for one in parts if part is task])
+        if missing and not reasons:
+            kept.write(result.task_results[0], cost, [Kept(output, meta, one) for one in parts if part is task])
+        if not keep and not reasons:
+            kept.predictions.unlink(missing_ok=True)
     if reasons:
         return None, reasons
     (outcome,) = result.task_results
     return main_score(outcome, task), []
-
-
-def unload(task: Any) -> None:
-    """Lets go of a task's data, and of its parts'."""
-    for part in [*getattr(task.metadata, "tasks", []), task]:
-        part.unload_data()

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from eval.cache import WholeCache
-from eval.snapshot import parts_of
+from eval.snapshot import parts_of, unload
 from lens.devices import resolve_devices
 from lens.workers import as_error, begin, deaf, death, end, failure_of, process_names
 
@@ -68,6 +68,12 @@ def by_task(options: argparse.Namespace, tasks: Sequence[Any], keep: Sequence[st
     a device that is not there; what loading raised, with the device; ChildProcessError for a process that died, naming
     device, system and task. All processes are ended in the end, also by an error or Ctrl-C.
     """
+    names: set[str] = set()
+    for task in tasks:
+        for part in parts_of(task):
+            if part.metadata.name in names:
+                raise ValueError(f"{part.metadata.name} is asked for twice, once in an aggregate: not with --by task")
+            names.add(part.metadata.name)
     size = {task.metadata.name: cost(task) for task in tasks}
     done: dict[Job, Any] = {}
     waiting: deque[Job] | None = None
@@ -138,7 +144,7 @@ def _work(connection: Connection, options: argparse.Namespace, threads: int, loc
     threadpool_limits(threads)  # scikit-learn's
     _without_bars()
     from eval import benchmark
-    from eval.board import evaluated, unload
+    from eval.board import evaluated
     from eval.peers import takes
 
     benchmark.quiet()

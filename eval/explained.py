@@ -30,10 +30,17 @@ def explained(output: Path, task: Any, systems: Mapping[str, Any], count: int) -
             units[name] = content
     models = [name for name in units if isinstance(systems[name], LensEncoder)]
     models = [name for name in models if systems[name].model.config.head != "dense"]
-    of = [count, task.metadata.revision, {name: systems[name].mteb_model_meta.revision for name in units}]
+    made = {
+        name: f"{Kept(output, systems[name].mteb_model_meta, task).relative.as_posix()}@{content['score']:.6f}"
+        for name, content in units.items()
+    }
+    of = {"count": count, "task": task.metadata.revision, "systems": made}
     path = output / "explained" / f"{task.metadata.name}.json"
+    if not models or len(units) < 2:
+        path.unlink(missing_ok=True)
+        return
     with suppress(ValueError):  # a torn file
-        if not models or len(units) < 2 or (path.is_file() and read_json(path)["of"] == of):
+        if path.is_file() and read_json(path).get("of") == of:
             return
     if not task.data_loaded:
         task.load_data()
@@ -60,25 +67,43 @@ def losses(
                 lost.append((values[name] - value, name, value, values[name], first, mine))
     lost.sort(key=lambda row: (-row[0], row[1]))
     found = []
+    names = {"queries": {row[1] for row in lost[:count]}, "corpus": set[str]()}
+    for _, name, _, _, first, part in lost[:count]:
+        judged = task.dataset[part["subset"]][part["split"]]["relevant_docs"][name]
+        names["corpus"] |= {first, max(judged, key=lambda document: judged[document])}
+    places = _Places(task, names)
     for _, name, value, better, first, part in lost[:count]:
         data = task.dataset[part["subset"]][part["split"]]
         judged = data["relevant_docs"][name]
         relevant = max(judged, key=lambda document: judged[document])
         wrong = None if judged.get(first, 0) > 0 else first
-        text = _text(data["queries"], name, task, PromptType.query)
+        text = places.text("queries", name, part)
         row = {"task": task.metadata.name, "query": name, "text": text, "value": value, "other_value": better}
-        row["relevant"] = _match(encoder, task, text, relevant, data)
-        row["found"] = None if wrong is None else _match(encoder, task, text, wrong, data)
+        row["relevant"] = _match(encoder, task, text, relevant, places.text("corpus", relevant, part))
+        row["found"] = None if wrong is None else _match(encoder, task, text, wrong, places.text("corpus", wrong, part))
         found.append(row)
     return found
 
 
-def _text(rows: Any, name: str, task: Any, side: PromptType) -> str:
-    return texts_of(rows.select([list(rows["id"]).index(name)]), task.metadata, side)[0]
+class _Places:
+    """Where the texts of some ids stand in a task's data, found in one pass over each part."""
+
+    def __init__(self, task: Any, names: Mapping[str, set[str]]) -> None:
+        self.task = task
+        self.names = names
+        self.rows: dict[tuple[str, str, str], dict[str, int]] = {}
+
+    def text(self, column: str, name: str, part: Mapping[str, Any]) -> str:
+        """The text of a query or a document ("queries", "corpus")."""
+        data = self.task.dataset[part["subset"]][part["split"]][column]
+        key = column, part["subset"], part["split"]
+        if key not in self.rows:
+            self.rows[key] = {found: i for i, found in enumerate(data["id"]) if found in self.names[column]}
+        side = PromptType.query if column == "queries" else PromptType.document
+        return texts_of(data.select([self.rows[key][name]]), self.task.metadata, side)[0]
 
 
-def _match(encoder: LensEncoder, task: Any, query: str, document: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    text = _text(data["corpus"], document, task, PromptType.document)
+def _match(encoder: LensEncoder, task: Any, query: str, document: str, text: str) -> dict[str, Any]:
     instruction = None if encoder.model.config.prompt == "plain" else instruction_for(task.metadata)
     why = encoder.model.explain(query, text, CLUSTERS, instruction)
     matches = [[match.cluster, match.tokens[:6], round(match.weight, 5)] for match in why.matches]

@@ -6,6 +6,7 @@ A hybrid searches nothing itself: it reads what its members have found, so that 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,9 @@ import mteb
 from mteb.models import HybridSearch
 from mteb.models.model_meta import ModelMeta
 
-from eval.board import Board, unload
+from eval.board import Board
+from eval.peers import takes
+from eval.snapshot import parts_of, unload
 from eval.tasks import DEV, local_task
 from eval.units import RETRIEVES, Kept, part_of, statistic
 from lens.files import read_json, write_json
@@ -37,31 +40,58 @@ class Chosen:
     tried: Mapping[str, float]
 
 
+@functools.lru_cache(maxsize=2)
+def _predictions(path: Path, changed: int) -> Any:
+    """A file of predictions, hundreds of MB for millions of hits; `changed` is when it was written."""
+    return read_json(path)
+
+
 class Replay:
     """What a system found, as mteb's search protocol: read from the predictions that it left in `output`."""
 
     def __init__(self, output: Path, meta: ModelMeta, task: Any) -> None:
         self.mteb_model_meta = meta
-        path = Kept(output, meta, task).predictions
-        self.found = read_json(path) if path.is_file() else None
+        self.files = {part.metadata.name: Kept(output, meta, part).predictions for part in parts_of(task)}
+        self.identical = {part.metadata.name for part in parts_of(task) if part.ignore_identical_ids}
 
     def index(self, corpus: Any, **_: Any) -> None:
         """Nothing is left to do."""
 
-    def search(self, queries: Any, *, hf_split: str, hf_subset: str, **_: Any) -> Any:
+    def search(self, queries: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, **_: Any) -> Any:
         """Query id -> document id -> score, as it was found. Raises FileNotFoundError where nothing was."""
-        if self.found is None:
+        path = self.files[task_metadata.name]
+        if not path.is_file():
             raise FileNotFoundError(f"{self.mteb_model_meta.name} has left no predictions to fuse")
-        return self.found[hf_subset][hf_split]
+        found = _predictions(path, path.stat().st_mtime_ns)[hf_subset][hf_split]
+        if task_metadata.name in self.identical:
+            found = {query: {name: s for name, s in hits.items() if name != query} for query, hits in found.items()}
+        return found
 
 
-def hybrid(output: Path, metas: Sequence[ModelMeta], task: Any, fusion: str, weight: float) -> HybridSearch:
+class Fused(HybridSearch):
+    """mteb's HybridSearch of systems that have searched already, without its progress bars."""
+
+    def index(self, corpus: Any, **_: Any) -> None:
+        """Nothing is left to do."""
+
+    def search(self, queries: Any, *, top_k: int, **place: Any) -> dict[str, dict[str, float]]:
+        """The `top_k` best documents of each query, ties by falling id as in mteb's measures."""
+        found = [system.search(queries, **place) for system in self.wrapped_models]
+        answers = {}
+        for query in queries["id"]:
+            fused = self.fuse([hits.get(query, {}) for hits in found])
+            best = sorted(fused.items(), key=lambda hit: (hit[1], hit[0]), reverse=True)[:top_k]
+            answers[query] = dict(best)
+        return answers
+
+
+def hybrid(output: Path, metas: Sequence[ModelMeta], task: Any, fusion: str, weight: float) -> Fused:
     """The fusion of two systems for one task; `weight`, from 0 to 1, is the first one's.
 
     A document that a system has not among its best counts 0 there.
     """
     weights = [weight, 1 - weight]
-    found = HybridSearch([Replay(output, meta, task) for meta in metas], weights, None, fusion)
+    found = Fused([Replay(output, meta, task) for meta in metas], weights, None, fusion)
     parts = [(meta.name, meta.revision, meta.experiment_name) for meta in metas]
     content = repr((parts, fusion, weights, mteb.__version__))
     short = "+".join(str(meta.name).rpartition("/")[2] for meta in metas)
@@ -86,13 +116,13 @@ def choose(output: Path, metas: Sequence[ModelMeta], tasks: Sequence[Any], fusio
         task.load_data()
         for weight, found in scores.items():
             found.append(_score(hybrid(output, metas, task, fusion, weight), task))
-        task.unload_data()
+        unload(task)
     means = {weight: round(fmean(found), 6) for weight, found in scores.items()}
     best = max(means, key=lambda weight: (means[weight], -abs(weight - EQUAL)))
     return Chosen(best, {str(weight): mean for weight, mean in means.items()})
 
 
-def _score(system: HybridSearch, task: Any) -> float:
+def _score(system: Fused, task: Any) -> float:
     parts = []
     for subset in task.hf_subsets:
         for split in task.eval_splits:
@@ -121,16 +151,27 @@ def members(options: argparse.Namespace, names: Iterable[str], tasks: Sequence[A
     return found
 
 
-def dev_tasks(options: argparse.Namespace, tasks: Sequence[Any]) -> list[Any]:
-    """The tasks that weights are chosen on. Raises ValueError for one that is evaluated too, or does not retrieve."""
+def dev_tasks(given: Sequence[str], tasks: Sequence[Any]) -> list[Any]:
+    """The tasks that weights are chosen on, of folders given as DIR or DIR:KIND.
+
+    Raises ValueError for data that are evaluated too, by their hash and split, and for two tasks of one name.
+    """
     evaluated = {(task.metadata.revision, split) for task in tasks for split in task.eval_splits}
-    found = [local_task(given, DEV) for given in options.dev]
-    for given, task in zip(options.dev, found, strict=True):
-        if task.metadata.type not in RETRIEVES:
-            raise ValueError(f"--dev {given}: weights are chosen on retrieval and reranking, not {task.metadata.type}")
-        if (task.metadata.revision, *task.eval_splits) in evaluated:
-            raise ValueError(f"--dev {given}: its split {task.eval_splits[0]} is evaluated: that would be no test")
-    return found
+    found = {}
+    for place in given:
+        task = local_task(place, DEV)
+        if any((task.metadata.revision, split) in evaluated for split in task.eval_splits):
+            raise ValueError(f"--dev {place}: its split {task.eval_splits[0]} is evaluated: that would be no test")
+        if task.metadata.name in found:
+            raise ValueError(f"two --dev tasks are named {task.metadata.name!r}: rename a folder")
+        found[task.metadata.name] = task
+    return list(found.values())
+
+
+def unfusable(output: Path, metas: Sequence[ModelMeta], task: Any) -> bool:
+    """Whether a task has too many queries for its hits to be kept."""
+    contents = [Kept(output, meta, part).content() for meta in metas for part in parts_of(task)]
+    return any(content is not None and not content.get("predicted", True) for content in contents)
 
 
 def chosen_weights(
@@ -139,6 +180,12 @@ def chosen_weights(
     """Name of each hybrid -> its members, fusion and weight, which OUTPUT/hybrids.json tells too. The members' results
     on dev data lie in OUTPUT/dev. Raises ValueError where one of them failed there."""
     names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
+    for task in dev if pairs else ():
+        if task.metadata.type not in RETRIEVES:
+            raise ValueError(f"--dev {task.metadata.name}: weights are chosen on retrieval and reranking")
+        other = next((name for name in names if not takes(found[name], task)), None)
+        if other is not None:
+            raise ValueError(f"--dev {task.metadata.name}: {other} is not for {task.metadata.type}")
     board = Board(options.output / "dev", names)
     for task in dev if pairs else ():
         for name in names:

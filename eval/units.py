@@ -64,18 +64,35 @@ class Kept:
             except ValueError:
                 self.predictions.unlink()
 
-    def write(self, result: Any, cost: Mapping[str, Any], keep: bool = False, parts_of: Sequence[Kept] = ()) -> None:
-        """Writes the units of a finished task from its predictions, which stay with `keep`, and `result`, mteb's
-        TaskResult; those of an aggregate are its parts', `parts_of`."""
+    def forget(self) -> None:
+        """Removes what is of other data than the task's."""
+        for path in (self.units, self.predictions):
+            path.unlink(missing_ok=True)
+
+    def lack_predictions(self, content: Mapping[str, Any] | None) -> bool:
+        """Whether documents that were retrieved are not there, and would be after another evaluation; `content` is that
+        of the units."""
+        retrieves = self.task.metadata.type in RETRIEVES and (content is None or content.get("predicted", True))
+        return retrieves and not self.predictions.is_file()
+
+    def write(self, result: Any, cost: Mapping[str, Any], parts_of: Sequence[Kept] = ()) -> None:
+        """Writes the units of a finished task from its predictions and `result`, mteb's TaskResult; those of an
+        aggregate are its parts', `parts_of`. A task whose data cannot be read so has none, and says why."""
         task = self.task
         predictions = read_json(self.predictions) if self.predictions.is_file() else {}
         score = main_score(result, task)
-        if parts_of:
-            kind, parts = "mean", [part for one in parts_of for part in (one.content() or {}).get("parts", ())]
-        else:
-            parts, kind = split(task, predictions, result.scores)
-        if parts and not abs(np.mean([statistic(kind, part) for part in parts]) - score) <= CLOSE:
-            parts = []
+        parts: list[Part] = []
+        kind, reason = "mean", None
+        try:
+            if parts_of:
+                parts = [part for one in parts_of for part in (one.content() or {}).get("parts", ())]
+            elif task.data_loaded:
+                parts, kind = split(task, predictions, result.scores)
+            if parts and not abs(np.mean([statistic(kind, part) for part in parts]) - score) <= CLOSE:
+                parts = []
+        except Exception as error:  # mteb's tasks hold their data in many forms, and the score stands without this
+            parts, reason = [], f"{type(error).__name__}: {error}"
+        seconds = result.evaluation_time
         write_json(
             self.units,
             {
@@ -84,12 +101,12 @@ class Kept:
                 "revision": task.metadata.revision,
                 "score": score,
                 "kind": kind,
-                "cost": {"seconds": result.evaluation_time, **cost},
+                "cost": {"seconds": seconds if seconds is not None and np.isfinite(seconds) else None, **cost},
+                "predicted": not too_many(task),
                 "parts": parts,
+                **({} if reason is None else {"reason": reason}),
             },
         )
-        if not (keep and task.metadata.type in RETRIEVES):
-            self.predictions.unlink(missing_ok=True)
 
 
 def main_score(result: Any, task: Any) -> float:
@@ -150,7 +167,8 @@ def part_of(task: Any, found: Any, entry: Mapping[str, Any], subset: str, name: 
 
 def _rows(task: Any, subset: str, name: str) -> Any:
     rows = task.dataset.get(subset, task.dataset)[name]
-    return Dataset.from_dict(rows[0]) if len(rows) == 1 else rows  # mteb's older data: all of a split in one row
+    packed = len(rows) == 1 and all(isinstance(value, list) for value in rows[0].values())
+    return Dataset.from_dict(rows[0]) if packed else rows  # mteb's older data: all of a split in one row
 
 
 def _queries(task: Any, found: Any, entry: Any, subset: str, name: str) -> Part | None:
@@ -158,11 +176,22 @@ def _queries(task: Any, found: Any, entry: Any, subset: str, name: str) -> Part 
     if found is None or measure is None:
         return None
     kind, depth = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}[measure[1]], measure[2]
+    found = counted(task, found)
     relevant = task.dataset[subset][name]["relevant_docs"]
     values = pytrec_eval.RelevanceEvaluator(relevant, {f"{kind}.{depth}"}).evaluate(found)
     names = [query for query in relevant if query in values]
     first = [max(found[query], key=lambda name: (found[query][name], name), default=None) for query in names]
     return {"names": names, "values": [values[query][f"{kind}_{depth}"] for query in names], "first": first}
+
+
+def counted(task: Any, found: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+    """Of what was retrieved that which counts: in some of mteb's tasks a query stands in the corpus itself, or the
+    first document is left out."""
+    if task.ignore_identical_ids:
+        found = {q: {name: score for name, score in hits.items() if name != q} for q, hits in found.items()}
+    if task.skip_first_result:
+        found = {q: dict(sorted(h.items(), key=lambda hit: hit[1], reverse=True)[1:]) for q, h in found.items()}
+    return found
 
 
 def _similarities(task: Any, found: Any, entry: Any, subset: str, name: str) -> Part | None:

@@ -20,6 +20,7 @@ from scipy import sparse
 
 from eval.encoder import LensEncoder, texts_of
 from eval.pruning import activity, cleaned, variances
+from eval.snapshot import unload
 from lens.corpus import read_texts
 from lens.files import read_json, write_json
 from lens.identity import sha256
@@ -125,7 +126,7 @@ def unlabelled(task: Any, sample: int, rng: np.random.Generator) -> list[str]:
             else:
                 columns = [name for name in COLUMNS if name in splits[split].column_names]
                 texts += [text for name in columns for text in _flat(splits[split][name])]
-    task.unload_data()
+    unload(task)
     return _drawn(texts, sample, rng)
 
 

@@ -106,7 +106,7 @@ class Variant(ChunkedEncoder):
     def __init__(self, meta: ModelMeta, stores: Sequence[Store], change: Callable[..., Matrix]) -> None:
         first = stores[0].source
         # chunks of the model's own size, so that the texts of one are embedded together as they are without a store
-        super().__init__(meta, 1, first.device, chunk=min(store.source.chunk for store in stores))
+        super().__init__(meta, meta.embed_dim or 1, first.device, chunk=min(store.source.chunk for store in stores))
         self.stores = stores
         self.change = change
 

@@ -392,4 +392,4 @@ def test_bad_input(
     write_rows(tmp_path / "dev" / "dev.jsonl", *({"sentence1": "a", "sentence2": "b", "score": i} for i in (1, 2)))
     seen = ["--local", str(tmp_path / "dev"), "--dev", str(tmp_path / "dev")]
     assert analyse("hybrid", tmp_path / "out", *tiny, *seen) == 2
-    assert "evaluated on its dev split, so the weight would be seen" in capsys.readouterr().err
+    assert "its split dev is evaluated: that would be no test" in capsys.readouterr().err

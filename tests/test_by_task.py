@@ -17,7 +17,7 @@ from mteb.results import TaskResult
 from test_eval_program import write_beir
 
 import lens
-from eval import board, by_task
+from eval import benchmark, board, by_task
 from eval.benchmark import parser
 from eval.by_task import Worker, cost, on_one
 from eval.cache import WholeCache
@@ -289,3 +289,10 @@ def test_a_save_that_is_cut_short_leaves_what_was_there(tmp_path: Path, monkeypa
     assert not list(tmp_path.rglob("task1.json"))
     save(tmp_path, None, 1, 1)
     assert settled(tmp_path) == {"a" * 40: ["task0", "task1"]}
+
+
+def test_a_task_beside_its_aggregate_is_refused(tmp_path: Path) -> None:
+    given = ["--tasks", "CQADupstackRetrieval", "CQADupstackGamingRetrieval", "--baselines", "bm25"]
+    options = parser().parse_args([*given, *TWO, "--output", str(tmp_path)])
+    with pytest.raises(ValueError, match="CQADupstackGamingRetrieval is asked for twice"):
+        by_task.by_task(options, benchmark.chosen_tasks(options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,9 @@ from eval.explained import losses
 from eval.fusion import GRID, choose, hybrid
 from eval.peers import open_peer
 from eval.run import main
+from eval.snapshot import unload
 from eval.tasks import local_task
-from eval.units import Kept, statistic, too_many
+from eval.units import Kept, counted, statistic, too_many
 from lens.corpus import read_beir
 
 DATA = SHARED / "data"
@@ -227,6 +229,114 @@ def test_what_was_torn_or_removed_is_made_again(ran: SimpleNamespace) -> None:
     assert units(ran, "tiny", "wiki")["parts"] == content["parts"]
 
 
+def test_equal_systems_score_equally_whatever_ran_before(ran: SimpleNamespace, peer: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(peer, twin)
+    command = ["--local", ran.local[5], ran.local[4], "--device", "cpu", "--output"]
+    assert main(["--peers", str(peer), str(twin), *command, str(tmp_path / "both")]) == 0
+    systems = json.loads((tmp_path / "both" / "summary.json").read_text())["systems"]
+    assert systems["tiny-st"]["scores"] == systems["twin"]["scores"]
+    one, two = (
+        json.loads((tmp_path / "both" / system["units"] / "intents.clustering.json").read_text())["parts"]
+        for system in systems.values()
+    )
+    assert one == two  # the same draws, so that they can be paired
+    assert systems["twin"]["scores"] == {
+        task: ran.summary["systems"]["st"]["scores"][task] for task in systems["twin"]["scores"]
+    }
+
+
+def test_data_that_changed_are_evaluated_again(ran: SimpleNamespace, tmp_path: Path) -> None:
+    data, output = tmp_path / "adi", tmp_path / "out"
+    shutil.copytree(need(DATA / "adi"), data)
+    command = ["--baselines", "bm25", "--local", str(data), "--output", str(output)]
+    assert main(command) == 0
+    before = json.loads((output / "summary.json").read_text())
+    qrels = data / "qrels" / "test.tsv"
+    lines = qrels.read_text().splitlines()
+    qrels.write_text("\n".join(lines[: len(lines) // 2]) + "\n")
+    assert main(command) == 0
+    after = json.loads((output / "summary.json").read_text())
+    fresh = tmp_path / "fresh"
+    assert main([*command[:-1], str(fresh)]) == 0
+    scores = json.loads((fresh / "summary.json").read_text())["systems"]["bm25"]["scores"]
+    assert after["systems"]["bm25"]["scores"] == scores != before["systems"]["bm25"]["scores"]
+    assert after["tasks"] != before["tasks"]
+
+
+def test_an_aggregate_is_fused_from_its_parts(ran: SimpleNamespace, tmp_path: Path) -> None:
+    parts = [local_task(str(ran.wiki)), local_task(ran.local[1])]
+    whole = SimpleNamespace(is_aggregate=True, metadata=SimpleNamespace(tasks=parts))
+    systems = ran.summary["systems"]
+    metas = [
+        ModelMeta.create_empty({"name": systems[name]["model"], "revision": systems[name]["revision"]})
+        for name in ("tiny", "bm25")
+    ]
+    for one in parts:
+        one.load_data()
+        (data,) = one.dataset["default"].values()
+        answers = [
+            hybrid(ran.output, metas, task, "rrf", 0.5).search(
+                data["queries"], top_k=10, task_metadata=one.metadata, hf_split="test", hf_subset="default"
+            )
+            for task in (whole, one)
+        ]
+        assert answers[0] == answers[1]
+        assert any(answers[0].values())
+
+
+def test_a_query_does_not_find_itself(ran: SimpleNamespace) -> None:
+    hits = {"q": {"q": 3.0, "a": 2.0, "b": 1.0}}
+    task = SimpleNamespace(ignore_identical_ids=True, skip_first_result=False)
+    assert counted(task, hits) == {"q": {"a": 2.0, "b": 1.0}}
+    task = SimpleNamespace(ignore_identical_ids=False, skip_first_result=True)
+    assert counted(task, hits) == {"q": {"a": 2.0, "b": 1.0}}
+    task = SimpleNamespace(ignore_identical_ids=False, skip_first_result=False)
+    assert counted(task, hits) == hits
+
+
+def test_a_task_whose_parts_cannot_be_told_keeps_its_score(
+    ran: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise TypeError("odd data")
+
+    monkeypatch.setattr("eval.units.split", fails)
+    monkeypatch.setattr("eval.benchmark.explained", fails)
+    command = [*ran.command[:4], "--local", str(ran.wiki), "--baselines", "bm25", "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["systems"]["tiny"]["scores"] == {"wiki": ran.summary["systems"]["tiny"]["scores"]["wiki"]}
+    content = json.loads((tmp_path / "out" / summary["systems"]["tiny"]["units"] / "wiki.json").read_text())
+    assert content["parts"] == []
+    assert content["reason"] == "TypeError: odd data"
+    assert "wiki: losses are not explained: odd data" in capsys.readouterr().err
+
+
+def test_hits_of_huge_tasks_are_neither_kept_nor_sought_again(
+    ran: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("eval.units.MOST", 3)
+    output = tmp_path / "out"
+    command = [*ran.command[:4], "--local", str(ran.wiki), "--baselines", "bm25", "--output", str(output)]
+    command += ["--hybrids", "tiny+bm25"]
+    assert main(command) == 0
+    assert "wiki: too many queries, not fused" in capsys.readouterr().err
+    assert not list((output / "predictions").rglob("*.json"))
+    monkeypatch.setattr(lens.LENS, "encode", lambda *_, **__: pytest.fail("texts are embedded again"))
+    assert main(command) == 0
+
+
+def test_a_snapshot_stays_when_data_are_let_go_of(ran: SimpleNamespace) -> None:
+    task = local_task(ran.local[2])
+    own = task.metadata.model_copy(update={"dataset": {"path": "local/elsewhere", "revision": "1"}})
+    task.metadata = own
+    task.load_data()
+    unload(task)
+    assert not task.data_loaded
+    assert task.metadata is own
+
+
 def test_losses_are_explained(ran: SimpleNamespace) -> None:
     rows = json.loads((ran.output / "explained" / "wiki.json").read_text())["rows"]["tiny"]
     beir = read_beir(ran.wiki, "test")
@@ -280,6 +390,7 @@ def test_units_of_other_data_are_not_read(ran: SimpleNamespace, tmp_path: Path) 
         (["--hybrids", "tiny+tiny"], "no pair of these systems"),
         (["--dev", "WIKI"], "give --hybrids"),
         (["--hybrids", "tiny+bm25", "--dev", "STS"], "has test, of which none is called dev|weights are chosen on"),
+        (["--hybrids", "tiny+bm25", "--dev", "WIKI", "WIKI"], "two --dev tasks are named 'wiki.dev'"),
         (["--peers", "./nowhere"], "no such folder"),
         (["--peers", "nobody/nothing-at-all"], "neither a folder nor to be had as a model"),
         (["--peers", "mteb/baseline-random-encodr"], "did you mean mteb/baseline-random-encoder"),
