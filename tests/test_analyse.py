@@ -161,10 +161,10 @@ def test_what_is_there_is_not_embedded_again(
     task = "eval.analyse.evaluated"
     from eval.board import evaluated
 
-    def killed(system: Any, part: Any, cache: Any) -> Any:
+    def killed(system: Any, part: Any, cache: Any, **options: Any) -> Any:
         if part.metadata.name == "sts":
             raise KeyboardInterrupt
-        return evaluated(system, part, cache)
+        return evaluated(system, part, cache, **options)
 
     monkeypatch.setattr(task, killed)
     assert analyse("pruning", output, *given) == 130
