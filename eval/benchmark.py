@@ -235,6 +235,12 @@ def run(options: argparse.Namespace) -> int:
     board.systems.update(found)
     try:
         check_arithmetic(options.output / "systems.json", found)
+        for name, system in found.items():
+            left = [task.metadata.name for task in tasks if not takes(system, task)]
+            if len(left) == len(tasks):
+                raise ValueError(f"{name} takes none of these tasks: it only retrieves or reranks")
+            if left:
+                print(f"{name} is not for {', '.join(left)}", file=sys.stderr, flush=True)
         weights = chosen_weights(options, found, pairs, dev)
         for task in tasks:
             for name, system in found.items():
@@ -247,7 +253,9 @@ def run(options: argparse.Namespace) -> int:
                         print(f"{task.metadata.name}: too many queries, not fused", file=sys.stderr, flush=True)
                         continue
                     board.evaluate(name, hybrid(options.output, metas, task, fusion, chosen.weight), task)
-            if options.explain:
+            if not options.explain:
+                (options.output / "explained" / f"{task.metadata.name}.json").unlink(missing_ok=True)
+            else:
                 explain(options.output, task, found, options.explain)
             unload(task)
     finally:

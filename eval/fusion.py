@@ -24,6 +24,7 @@ from eval.snapshot import parts_of, unload
 from eval.tasks import DEV, local_task
 from eval.units import RETRIEVES, Kept, part_of, statistic
 from lens.files import read_json, write_json
+from lens.identity import sha256
 
 FUSIONS = ("rsf", "rrf")
 """mteb's names: the weighted sum of scores scaled to 0..1 within each query, and reciprocal rank fusion."""
@@ -154,13 +155,14 @@ def members(options: argparse.Namespace, names: Iterable[str], tasks: Sequence[A
 def dev_tasks(given: Sequence[str], tasks: Sequence[Any]) -> list[Any]:
     """The tasks that weights are chosen on, of folders given as DIR or DIR:KIND.
 
-    Raises ValueError for data that are evaluated too, by their hash and split, and for two tasks of one name.
+    Raises ValueError where the file with the judgements, scores or labels is, byte for byte, one that is evaluated, and
+    for two tasks of one name.
     """
-    evaluated = {(task.metadata.revision, split) for task in tasks for split in task.eval_splits}
+    evaluated = {sha256(task.judged) for task in tasks if hasattr(task, "judged")} if given else set()
     found = {}
     for place in given:
         task = local_task(place, DEV)
-        if any((task.metadata.revision, split) in evaluated for split in task.eval_splits):
+        if sha256(task.judged) in evaluated:
             raise ValueError(f"--dev {place}: its split {task.eval_splits[0]} is evaluated: that would be no test")
         if task.metadata.name in found:
             raise ValueError(f"two --dev tasks are named {task.metadata.name!r}: rename a folder")
@@ -179,15 +181,17 @@ def chosen_weights(
 ) -> dict[str, tuple[tuple[str, str], str, Chosen]]:
     """Name of each hybrid -> its members, fusion and weight, which OUTPUT/hybrids.json tells too. The members' results
     on dev data lie in OUTPUT/dev. Raises ValueError where one of them failed there."""
+    if not pairs:
+        return {}
     names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
-    for task in dev if pairs else ():
+    for task in dev:
         if task.metadata.type not in RETRIEVES:
             raise ValueError(f"--dev {task.metadata.name}: weights are chosen on retrieval and reranking")
         other = next((name for name in names if not takes(found[name], task)), None)
         if other is not None:
             raise ValueError(f"--dev {task.metadata.name}: {other} is not for {task.metadata.type}")
     board = Board(options.output / "dev", names)
-    for task in dev if pairs else ():
+    for task in dev:
         for name in names:
             board.evaluate(name, found[name], task)
         unload(task)
@@ -204,6 +208,5 @@ def chosen_weights(
         name: {"members": list(pair), "fusion": fusion, "dev": [task.metadata.name for task in dev], **asdict(chosen)}
         for name, (pair, fusion, chosen) in weights.items()
     }
-    if content:
-        write_json(options.output / "hybrids.json", content)
+    write_json(options.output / "hybrids.json", content)
     return weights

@@ -75,7 +75,12 @@ def filled(meta: ModelMeta, path: str | os.PathLike[str]) -> ModelMeta:
     try:
         return ModelMeta.model_validate({**dict(meta), **values})
     except ValueError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {' '.join(str(error).split()):.300}") from error
+
+
+def local_name(short: str) -> str:
+    """The name in results of a model that only its folder or the command line names."""
+    return "local/" + (re.sub(r"[^\w.-]+", "-", short, flags=re.ASCII).strip("-._") or "model")
 
 
 def artifact_meta(
@@ -88,9 +93,9 @@ def artifact_meta(
     name without an owner.
     """
     folder = Path(folder).resolve()
-    name = name or f"local/{folder.name}"
-    if name.count("/") != 1 or not all(name.split("/")):
-        raise ValueError(f"a model's name has the form OWNER/MODEL; found {name!r}")
+    name = name or local_name(folder.name)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, flags=re.ASCII):
+        raise ValueError(f"a model's name has the form OWNER/MODEL, of letters, digits and ._-; found {name!r}")
     config, module = model.config, model.model
     embedding = module.backbone.get_input_embeddings()
     parameters = [*module.parameters(), *module.buffers()]
@@ -153,7 +158,7 @@ def open_model(
         short, place, separator = Path(given).name, given, ""
     if Path(place).is_dir():
         model = lens.load(place, device=device, **options)
-        meta = artifact_meta(model, place, name or (f"local/{short}" if separator else None), **options)
+        meta = artifact_meta(model, place, name or (local_name(short) if separator else None), **options)
     elif place in RELEASED:
         if name or fill:
             raise ValueError(f"{place} has its name and metadata from mteb: leave out --name and --meta")

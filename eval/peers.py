@@ -10,7 +10,7 @@ import mteb
 from mteb.models.model_meta import ModelMeta
 from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
 
-from eval.meta import revision_of
+from eval.meta import local_name, revision_of
 from lens.files import read_json
 
 KINDS = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder", "CrossEncoder")
@@ -32,7 +32,7 @@ def open_peer(given: str, device: str | None = None) -> tuple[str, Any]:
     short, place = short_name(given)
     if Path(place).is_dir():
         model = _from_folder(Path(place), device)
-        facts = {"name": f"local/{short}", "revision": revision_of(place)}
+        facts = {"name": local_name(short), "revision": revision_of(place)}
         model.mteb_model_meta = model.mteb_model_meta.model_copy(update=facts)
         return short, model
     if place.startswith((".", "/")) or place.count("/") > 1:
@@ -70,7 +70,7 @@ def _from_folder(folder: Path, device: str | None) -> Any:
     }
     try:
         return wrappers[kind](getattr(sentence_transformers, kind)(str(folder), device=device))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever damaged weights and settings make their readers raise
         raise OSError(f"--peers {folder}: {' '.join(str(error).split()):.300}") from error
 
 

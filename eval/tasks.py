@@ -116,7 +116,13 @@ def _build(folder: Path, name: str, kind: str, split: str) -> AbsTask:
                 setattr(self, field, value)
             self.data_loaded = True
 
-    members = {"metadata": metadata, "load_data": load_data, **(_CLUSTERING if kind == "clustering" else {})}
+    judged = folder / "qrels" / f"{split}.tsv" if "corpus" in _files(folder) else _files(folder)[split]
+    members = {
+        "metadata": metadata,
+        "load_data": load_data,
+        "judged": judged,
+        **(_CLUSTERING if kind == "clustering" else {}),
+    }
     if kind == "summarization":
         members |= {"min_score": 0, "max_score": 5}
     return type("LocalTask", (base,), members)()

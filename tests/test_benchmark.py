@@ -353,7 +353,7 @@ def test_bad_command_lines(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--local", str(named)], "mteb has a task named NFCorpus: rename the folder"),
         (["--local", str(beir), str(beir)], "two --local tasks are named 'beir'"),
         (["--local", str(tmp_path / "gone")], "gone does not exist"),
-        (["--local", str(beir), "--name", "mine"], "OWNER/MODEL; found 'mine'"),
+        (["--local", str(beir), "--name", "mine"], "OWNER/MODEL, of letters, digits and ._-; found 'mine'"),
         (["--local", str(beir), "--verify"], "--verify compares the files of a snapshot"),
         (["--tasks", "CIFAR10Clustering"], "CIFAR10Clustering is not of text alone"),
         (["--local", str(beir), "--meta", str(tmp_path / "meta.json")], "meta.json"),

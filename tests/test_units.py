@@ -398,18 +398,51 @@ def test_units_of_other_data_are_not_read(ran: SimpleNamespace, tmp_path: Path) 
         (["--peers", "WIKI"], "no model of sentence-transformers"),
         (["--peers", "bm25=PEER"], "two systems are named 'bm25'"),
         (["--explain", "-1"], "it is a number of queries"),
+        (["--peers", "BROKEN"], "broken: "),
+        (["--name", "../x"], "OWNER/MODEL, of letters"),
     ],
 )
 def test_bad_input(
     ran: SimpleNamespace, peer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], message: str
 ) -> None:
-    places = {"WIKI": str(ran.wiki), "STS": ran.local[2], "MODEL": ran.command[1], "PEER": str(peer)}
+    broken = tmp_path / "broken"
+    shutil.copytree(peer, broken)
+    for file in broken.rglob("*.safetensors"):
+        file.write_bytes(b"garbage")
+    places = {
+        "BROKEN": str(broken),
+        "WIKI": str(ran.wiki),
+        "STS": ran.local[2],
+        "MODEL": ran.command[1],
+        "PEER": str(peer),
+    }
     words = [re.sub("|".join(places), lambda found: places[found[0]], word) for word in given]
     command = [*ran.command[:4], "--local", str(ran.wiki), "--baselines", "bm25", "--output", str(tmp_path / "out")]
     assert main([*command, *words]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
     assert any(one in errors[-1] for one in message.split("|")), errors
+
+
+def test_what_a_system_cannot_do_is_said(
+    ran: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--baselines", "bm25", "--output", str(tmp_path / "out"), "--local", ran.local[2]]
+    assert main(command) == 2
+    assert "bm25 takes none of these tasks" in capsys.readouterr().err
+    assert main([*command, str(ran.wiki)]) == 0
+    assert "bm25 is not for sts-b" in capsys.readouterr().err
+
+
+def test_a_copy_of_what_is_evaluated_is_no_dev(
+    ran: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(ran.wiki, copy)
+    (copy / "qrels" / "test.tsv").replace(copy / "qrels" / "dev.tsv")
+    command = [*ran.command[:4], "--local", str(ran.wiki), "--baselines", "bm25", "--output", str(tmp_path / "out")]
+    assert main([*command, "--hybrids", "tiny+bm25", "--dev", str(copy)]) == 2
+    assert "its split dev is evaluated" in capsys.readouterr().err
 
 
 def test_dev_data_that_are_evaluated_are_refused(
