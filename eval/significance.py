@@ -22,6 +22,8 @@ from eval.metrics import holm, randomisation_test
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 """Weights of the units (B, n) -> the statistic of each of the weighted samples (B,)."""
+Sampler = Callable[[np.random.Generator, int], tuple[Array, Array]]
+"""Draws B differences of a bootstrap and B of the randomisation test, each (B,)."""
 
 KINDS = ("mean", "spearman", "ap")
 """The statistic of a part: the mean of values, their rank correlation with gold, the average precision of gold."""
@@ -29,6 +31,8 @@ BLOCK = 1 << 20
 """Weights that are held at a time."""
 SAME = 1e-12
 """Differences of scores below this are rounding."""
+FEW = 16
+"""Units for each distinct difference from which on counts of the differences are drawn, not units: that is faster."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,9 @@ def draw(mine: Units, theirs: Units, resamples: int, seed: int | list[int]) -> D
     Bootstrap: units drawn with replacement within each part, the same for both systems. Randomisation: each unit's two
     values are swapped or not. For rank statistics the values become ranks within each system first, since similarities
     of two systems differ in scale; the statistics stay what they are. Where there are no more than `resamples` ways to
-    swap, a mean's p counts them all (`eval.metrics.randomisation_test`).
+    swap, a mean's p counts them all (`eval.metrics.randomisation_test`). Of a mean only the units' differences count:
+    where few of them are distinct, such as those of shares of ten experiments, it is drawn how often each occurs
+    (multinomial counts; binomial ones of the swaps), which has exactly the distribution of drawing units.
 
     Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; Smucker, Allan and Carterette,
     CIKM 2007, for the randomisation test. Raises ValueError when the two are not of the same units.
@@ -193,22 +199,17 @@ def draw(mine: Units, theirs: Units, resamples: int, seed: int | list[int]) -> D
     bootstrap, null, shares = np.zeros(resamples), np.zeros(resamples), []
     difference = 0.0
     for one, other in zip(mine.parts, theirs.parts, strict=True):
-        n, gold = len(one.names), one.gold
         values = [one.values, other.values] if mine.kind == "mean" else [rankdata(p.values) for p in (one, other)]
-        alone = [statistic(mine.kind, column, gold) for column in values]
-        both = statistic(mine.kind, np.concatenate(values), None if gold is None else np.concatenate([gold, gold]))
-        once = np.ones((1, n))
-        difference += float(alone[0](once)[0] - alone[1](once)[0]) / len(mine.parts)
-        shares.append((values[0] - values[1]) / n)
-        for start in range(0, resamples, step := max(1, BLOCK // n)):
+        once = np.ones((1, len(one.names)))
+        alone = [float(statistic(mine.kind, column, one.gold)(once)[0]) for column in values]
+        difference += (alone[0] - alone[1]) / len(mine.parts)
+        shares.append((values[0] - values[1]) / len(one.names))
+        width, sampler = _sampler(mine.kind, values[0], values[1], one.gold)
+        for start in range(0, resamples, step := max(1, BLOCK // width)):
             rows = slice(start, min(start + step, resamples))
-            size = rows.stop - start
-            drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-            weights = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
-            bootstrap[rows] += (alone[0](weights) - alone[1](weights)) / len(mine.parts)
-            kept = rng.integers(0, 2, (size, n), dtype=np.int8).astype(np.float64)
-            sides = both(np.hstack([kept, 1 - kept])) - both(np.hstack([1 - kept, kept]))
-            null[rows] += sides / len(mine.parts)
+            drawn, swapped = sampler(rng, rows.stop - start)
+            bootstrap[rows] += drawn / len(mine.parts)
+            null[rows] += swapped / len(mine.parts)
     counts: tuple[int | None, ...] = (None, None, None)
     if mine.kind == "mean":
         gains = np.concatenate(shares)
@@ -218,6 +219,32 @@ def draw(mine: Units, theirs: Units, resamples: int, seed: int | list[int]) -> D
         exact = mine.kind == "mean" and 2**mine.size <= resamples
         p = randomisation_test(gains * mine.size / len(mine.parts), resamples) if exact else tail(difference, null)
     return Drawn(difference, bootstrap, null, p, mine.size, *counts)
+
+
+def _sampler(kind: str, mine: Array, theirs: Array, gold: Array | None) -> tuple[int, Sampler]:
+    """How a part of two systems' values (n,) is resampled, and how many figures a resample takes meanwhile."""
+    n, gains = len(mine), mine - theirs
+    distinct, counts = np.unique(gains.round(12), return_counts=True)  # 0.3 - 0.1 and 0.2 differ by rounding
+
+    def counted(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
+        kept = rng.binomial(counts, 0.5, (size, len(counts)))
+        return rng.multinomial(n, counts / n, size) @ distinct / n, (2 * kept - counts) @ distinct / n
+
+    if kind == "mean" and FEW * len(distinct) <= n:
+        return len(distinct), counted
+    alone = [statistic(kind, column, gold) for column in (mine, theirs)]
+    both = statistic(kind, np.concatenate([mine, theirs]), None if gold is None else np.concatenate([gold, gold]))
+
+    def unit_by_unit(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
+        drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+        kept = rng.integers(0, 2, (size, n), dtype=np.int8).astype(np.float64)
+        if kind == "mean":
+            return weights @ gains / n, (2 * kept - 1) @ gains / n
+        sides = both(np.hstack([kept, 1 - kept])) - both(np.hstack([1 - kept, kept]))
+        return alone[0](weights) - alone[1](weights), sides
+
+    return n, unit_by_unit
 
 
 def tail(difference: float, null: Array) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import ks_2samp, rankdata, spearmanr
 from sklearn.metrics import average_precision_score
 
 from eval.metrics import holm, randomisation_test
-from eval.significance import KINDS, Array, Part, Units, bounds, compare_tasks, draw, statistic, tail
+from eval.significance import KINDS, Array, Part, Units, _sampler, bounds, compare_tasks, draw, statistic, tail
 
 
 def made(kind: str, n: int, seed: int) -> tuple[Array, Array, Array | None]:
@@ -87,6 +88,41 @@ def test_resamples_follow_the_distribution_of_naive_loops(kind: str) -> None:
         assert np.std(ours) == pytest.approx(spread, rel=0.1)
         near = np.percentile(naive, [2.5, 97.5])
         assert np.percentile(ours, [2.5, 97.5]) == pytest.approx(near, abs=0.25 * spread)
+
+
+def test_counts_of_few_distinct_differences_are_as_units_drawn() -> None:
+    rng = np.random.default_rng(2)
+    first, second = (rng.integers(0, 11, 400) / 10 for _ in range(2))  # shares of ten experiments
+    other, apart = rng.random(40), rng.random(40)
+    mine, theirs = units("mean", (first, None), (other, None)), units("mean", (second, None), (apart, None))
+    found = draw(mine, theirs, 20_000, 0)
+    assert _sampler("mean", first, second, None)[0] <= 21  # differences, not units
+    assert _sampler("mean", other, apart, None)[0] == 40
+    parts = [first - second, other - apart]
+    bootstrap, null = np.zeros(20_000), np.zeros(20_000)
+    for gains in parts:
+        bootstrap += gains[rng.integers(0, len(gains), (20_000, len(gains)))].mean(1) / 2
+        null += (gains * rng.choice([-1, 1], (20_000, len(gains)))).mean(1) / 2
+    assert found.difference == pytest.approx(np.mean([gains.mean() for gains in parts]))
+    assert ks_2samp(found.bootstrap, bootstrap).pvalue > 0.01
+    assert ks_2samp(found.null, null).pvalue > 0.01
+    assert found.p == pytest.approx((abs(null) >= abs(found.difference)).mean(), abs=0.02)
+
+
+def test_a_huge_task_of_shares_takes_no_draw_of_its_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, 11, 400_000) / 10 for _ in range(2))
+    drawn: list[int] = []
+
+    class Counting(np.random.Generator):
+        def integers(self, *given: Any, **options: Any) -> Any:
+            drawn.append(1)
+            return super().integers(*given, **options)
+
+    monkeypatch.setattr("numpy.random.default_rng", lambda seed: Counting(np.random.PCG64(seed)))
+    found = draw(units("mean", (first, None)), units("mean", (second, None)), 2000, 0)
+    assert not drawn
+    assert np.std(found.bootstrap) == pytest.approx(np.std(first - second) / np.sqrt(400_000), rel=0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
