@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark import means
-from eval.metrics import interval
-from eval.page import INK, LENS, LINE, LOSS, OTHER, Table, canvas, svg
+from eval.metrics import interval, randomisation_test
+from eval.page import INK, LENS, LINE, LOSS, OTHER, Table, canvas, literal, svg
+from eval.plots import plain
 from eval.usefulness import ORDERS
 
 LOSS_LIMIT = 0.01
 """The loss, as a score from 0 to 1, that the sentences say is excluded or not."""
+LEVEL = 0.05
+LEAST = 6
+"""Tasks that a sentence about a difference needs: of five all signs agree by chance in 6% of cases."""
 STYLE = """<style>svg { --ink: #1d2430; --line: #dde2e9; --lens: #2f6fde; --other: #8793a5; --loss: #d9743a;
   font-family: system-ui, sans-serif; } @media (prefers-color-scheme: dark) { svg { --ink: #e4e8ee; --line: #303844;
   --lens: #6ea2ff; --other: #7b879b; --loss: #e58a52; } }</style>"""
@@ -26,18 +30,27 @@ NOTHING = "No task has a score at every point, so nothing can be said."
 INTERVALS = (
     "Scores are the tasks' main measures times 100; a mean gives every task the same weight. Differences are paired by "
     "task, and their intervals 95% percentile bootstrap intervals over tasks: they tell how far a mean would move with "
-    "other tasks of these kinds, not with other queries of the same tasks. They are not "
-    "widened for the number of points."
+    "other tasks of these kinds, not with other queries of the same tasks; over few tasks they are too narrow. "
+    "Sentences therefore rest on a randomisation test: each task's difference has its sign flipped or not (all ways "
+    f"are counted where they are few). Two points differ where p < {LEVEL}, two-sided; a loss of more than "
+    f"{100 * LOSS_LIMIT:g} point is excluded where p < {LEVEL}, one-sided, for the differences with "
+    f"{100 * LOSS_LIMIT:g} point added. With fewer than {LEAST} tasks nothing is told. Neither intervals nor p are "
+    "corrected for the number of points."
 )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences with its 95% interval, which is None where there are fewer than two."""
+    """Mean of paired differences over `tasks` tasks with its 95% interval, which is None where there are fewer than
+    two. `p`, two-sided, is of no difference, `p_loss`, one-sided, of a loss of LOSS_LIMIT or more; both are None with
+    fewer than LEAST tasks."""
 
     mean: float
     low: float | None
     high: float | None
+    tasks: int
+    p: float | None
+    p_loss: float | None
 
     def __str__(self) -> str:
         shown = f"{100 * self.mean:+.2f} points"
@@ -46,20 +59,43 @@ class Difference:
         return f"{shown}, 95% interval {100 * self.low:+.2f} to {100 * self.high:+.2f}"
 
     @property
+    def few(self) -> bool:
+        """Whether there are too few tasks to tell anything."""
+        return self.p is None
+
+    @property
     def told(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether there is a difference."""
+        return self.p is not None and self.p < LEVEL
 
     @property
     def harmless(self) -> bool:
-        """Whether the interval leaves out a loss of more than LOSS_LIMIT."""
-        return self.low is not None and self.low >= -LOSS_LIMIT
+        """Whether a loss of LOSS_LIMIT or more is excluded."""
+        return self.p_loss is not None and self.p_loss < LEVEL
 
 
 def mean_difference(values_a: Sequence[float], values_b: Sequence[float]) -> Difference:
-    """The mean of a - b over tasks, with its 95% percentile bootstrap interval over tasks (scipy.stats.bootstrap)."""
+    """The mean of a - b over tasks, with its 95% percentile bootstrap interval over tasks (scipy.stats.bootstrap) and
+    its randomisation tests (`eval.metrics.randomisation_test`)."""
     differences = np.asarray(values_a, dtype=np.float64) - np.asarray(values_b, dtype=np.float64)
-    return Difference(float(differences.mean()), *interval(differences))
+    p, p_loss = None, None
+    if len(differences) >= LEAST:
+        p = randomisation_test(differences)
+        above = (differences + LOSS_LIMIT).round(12)  # a loss of LOSS_LIMIT itself is no gain by rounding
+        half = randomisation_test(above) / 2  # flipped signs are spread evenly around 0
+        p_loss = half if above.mean() > 0 else 1 - half
+    return Difference(float(differences.mean()), *interval(differences), len(differences), p, p_loss)
+
+
+def shown_name(name: str) -> str:
+    """A name that was given, as it stands in sentences: no markdown comes of it."""
+    return re.sub(r"(?<=[^\W_])\\_(?=[^\W_])", "_", literal(name))  # within a word an underscore means nothing
+
+
+def _few(difference: Difference) -> str:
+    if difference.tasks == 1:
+        return "one task tells nothing of others"
+    return f"{difference.tasks} tasks are too few to tell (at least {LEAST} are needed)"
 
 
 @dataclass(frozen=True)
@@ -142,9 +178,9 @@ def pruning_sentences(found: Findings, model: str, dimensions: int, active: floa
         return [NOTHING]
     whole = found.first
     said = [
-        f"{model} as it is has a mean score of {100 * found.mean(whole):.2f} over {_tasks(found)}; a text has "
-        f"{active:,.0f} non-zero values of {dimensions:,} on average, and {dead:,} dimensions have none in any text of "
-        "the sample."
+        f"{shown_name(model)} as it is has a mean score of {100 * found.mean(whole):.2f} over {_tasks(found)}; a "
+        f"text has {active:,.0f} non-zero values of {dimensions:,} on average, and {dead:,} dimensions have none in "
+        "any text of the sample."
     ]
     for method in ("top", *ORDERS):
         names = [name for name, facts in found.points.items() if facts["method"] == method]
@@ -174,12 +210,12 @@ def _limit(found: Findings, names: Sequence[str], method: str, active: float, di
         does = f"Dropping {facts[name]['dropped']:.0%} of the dimensions ({count:,} of {dimensions:,}) {how}"
     mean = found.mean(found.first)
     kept = f"keeps {found.mean(name) / mean:.1%} of the mean score ({found.difference(name)})" if mean else "keeps 0"
-    if found.difference(name).low is None:
-        return f"{does} {kept}: one task tells nothing of others."
+    if found.difference(name).few:
+        return f"{does} {kept}: {_few(found.difference(name))}."
     loss = f"a loss of more than {100 * LOSS_LIMIT:g} point"
     if safe is None:
-        return f"{does} {kept}; at no point of this curve (of {len(names)}) does the interval exclude {loss}."
-    return f"{does} {kept}: the hardest pruning of this curve ({len(names)} points) whose interval excludes {loss}."
+        return f"{does} {kept}; at no point of this curve (of {len(names)}) is {loss} excluded."
+    return f"{does} {kept}: the hardest pruning of this curve ({len(names)} points) for which {loss} is excluded."
 
 
 def _orders(found: Findings, one: str, other: str) -> list[str]:
@@ -194,8 +230,10 @@ def _orders(found: Findings, one: str, other: str) -> list[str]:
         return []
     share = max(shares)
     difference = found.difference(named[one, share], named[other, share])
-    if difference.low is None:
+    if difference.tasks == 1:
         return []
+    if difference.few:
+        return [f"With {share:.0%} dropped, dropping by {one} against {other}: {_few(difference)} ({difference})."]
     shown = f"With {share:.0%} dropped, dropping by {one} and by {other} order"
     if not difference.told:
         return [f"{shown} cannot be told apart ({difference})."]
@@ -209,7 +247,8 @@ def variants_sentences(found: Findings, axis: str) -> list[str]:
     names, first = list(found.points), found.first
     best = found.best(names)
     others = names[1:]
-    said = [f"Of {len(names)} models the highest mean over {_tasks(found)} is {100 * found.mean(best):.2f}, of {best}."]
+    highest = f"{100 * found.mean(best):.2f}, of {shown_name(best)}"
+    said = [f"Of {len(names)} models the highest mean over {_tasks(found)} is {highest}."]
     if axis == "dimensions":
         by_size = sorted(names, key=lambda name: found.points[name]["dimensions"])
         sizes = {name: f"K = {found.points[name]['dimensions']:,}" for name in names}
@@ -217,11 +256,14 @@ def variants_sentences(found: Findings, axis: str) -> list[str]:
         said.append(f"From {sizes[small]} to {sizes[large]} the mean changes by {found.difference(large, small)}.")
         safe = next((name for name in by_size[:-1] if found.difference(name, large).harmless), None)
         loss = f"a loss of more than {100 * LOSS_LIMIT:g} point against {sizes[large]}"
-        if safe is None:
-            said.append(f"For no smaller K does the interval exclude {loss}.")
+        difference = found.difference(small, large)
+        if difference.few:
+            said.append(f"Which smaller K excludes {loss} cannot be said: {_few(difference)}.")
+        elif safe is None:
+            said.append(f"For no smaller K is {loss} excluded.")
         else:
             shown = f"{sizes[safe]} ({found.difference(safe, large)})"
-            said.append(f"The smallest K whose interval excludes {loss} is {shown}.")
+            said.append(f"The smallest K for which {loss} is excluded is {shown}.")
         return said
     for name in others:
         difference = found.difference(name)
@@ -230,9 +272,12 @@ def variants_sentences(found: Findings, axis: str) -> list[str]:
             for field, facts in found.points[name].items()
             if facts != found.points[first][field] and field in ("dimensions", "pooling", "attention", "head")
         ]
-        apart = f"{'above' if difference.mean > 0 else 'below'} {first}"
-        verdict = apart if difference.told else f"not to be told apart from {first}"
-        said.append(f"{name} ({', '.join(fields) or 'the same in what the table names'}) is {verdict}: {difference}.")
+        apart = f"{'above' if difference.mean > 0 else 'below'} {shown_name(first)}"
+        if not difference.told:
+            apart = f"not to be told apart from {shown_name(first)}"
+        why = f" ({_few(difference)})" if difference.few else ""
+        unlike = ", ".join(fields) or "the same in what the table names"
+        said.append(f"{shown_name(name)} ({unlike}) is {apart}{why}: {difference}.")
     return said
 
 
@@ -254,7 +299,8 @@ def hybrid_sentences(found: Findings, weight: float, chosen: str, dev: int) -> l
         elif difference.told:
             said.append(f"It is {'better' if difference.mean > 0 else 'worse'} than {label} alone: {difference}.")
         else:
-            said.append(f"It cannot be told apart from {label} alone: {difference}.")
+            why = f" ({_few(difference)})" if difference.few else ""
+            said.append(f"It cannot be told apart from {label} alone{why}: {difference}.")
     best = found.best(names)
     said.append(
         f"The best weight on these tasks themselves, which is not to be known beforehand, would be "
@@ -312,7 +358,7 @@ def bars(found: Findings) -> str:
                 axes.plot(ends, [place, place], color=INK, linewidth=1.4)
                 mean = max(mean, *ends)
         axes.text(mean + 0.8, place, shown, va="center", color=INK)
-    axes.set_yticks(range(len(found.points)), list(found.points))
+    axes.set_yticks(range(len(found.points)), [plain(name) for name in found.points])
     axes.invert_yaxis()
     axes.set_xlim(0, axes.get_xlim()[1] * 1.25)
     axes.grid(axis="x", color=LINE)

@@ -15,9 +15,7 @@ from scipy.stats import spearmanr
 from test_eval_program import write_beir
 
 import lens
-from eval import findings
 from eval.analyse import main
-from eval.findings import Findings, mean_difference
 from eval.run import main as evaluate
 from eval.scoring import evaluate as score_beir
 from eval.scoring import judged_queries, vector_system
@@ -290,69 +288,6 @@ def test_a_failing_point_leaves_its_task_out(
     assert told["compared"] == ["beir", "sts"]
     assert "over 2 tasks (1 without all scores left out)" in told["sentences"][0]
     assert told["points"][0]["means"]["all"] is None
-
-
-def made(scores: dict[str, list[float]], **facts: list[Any]) -> Findings:
-    """Findings of made scores, one for each of the points."""
-    tasks = {f"t{i}": {"type": "STS", "measure": "m"} for i in range(len(next(iter(scores.values()))))}
-    described = {name: {field: values[i] for field, values in facts.items()} for i, name in enumerate(scores)}
-    return Findings(tasks, described, {name: dict(zip(tasks, row, strict=True)) for name, row in scores.items()})
-
-
-def test_sentences_of_pruning_name_the_hardest_harmless_point() -> None:
-    whole = [0.5, 0.6, 0.7, 0.8, 0.4]
-    lost = {"top 8": 0.05, "top 16": 0.008, "top 32": 0.001}
-    scores = {"unpruned": whole, **{name: [value - loss for value in whole] for name, loss in lost.items()}}
-    facts = {"method": ["none", "top", "top", "top"], "top_n": [None, 8, 16, 32]}
-    told = findings.pruning_sentences(made(scores, **facts), "M", 4000, 812.0, 3)
-    assert told[1] == (
-        "Keeping the 16 largest of on average 812 values of a text keeps 98.7% of the mean score (-0.80 points, 95% "
-        "interval -0.80 to -0.80): the hardest pruning of this curve (3 points) whose interval excludes a loss of more "
-        "than 1 point."
-    )
-    scores = {"unpruned": whole, "top 8": [value - 0.05 for value in whole]}
-    (_, told) = findings.pruning_sentences(made(scores, method=["none", "top"], top_n=[None, 8]), "M", 10, 9.0, 0)
-    assert "at no point of this curve (of 1) does the interval exclude a loss of more than 1 point" in told
-    scores = {"unpruned": whole, "a": [0.5] * 5, "b": [0.4] * 5}
-    facts = {"method": ["none", "variance", "random"], "dropped": [0, 0.5, 0.5], "dimensions": [10, 5, 5]}
-    told = findings.pruning_sentences(made(scores, **facts), "M", 10, 9.0, 0)
-    assert told[-1].startswith(
-        "With 50% dropped, dropping by variance and by random order differ: variance scores higher"
-    )
-    assert findings.pruning_sentences(Findings({"t": {"type": "STS"}}, {"a": {}}, {}), "M", 1, 1.0, 0) == [
-        findings.NOTHING
-    ]
-
-
-def test_sentences_say_where_nothing_can_be_told() -> None:
-    first, second = [0.5, 0.6, 0.7, 0.8], [0.6, 0.5, 0.8, 0.69]
-    facts = {
-        "dimensions": [8, 16],
-        "pooling": ["max", "sum"],
-        "attention": ["bidirectional"] * 2,
-        "head": ["clusters"] * 2,
-    }
-    told = findings.variants_sentences(made({"a": first, "b": second}, **facts), "none")
-    assert "b (dimensions 16 instead of 8, pooling sum instead of max) is not to be told apart from a: " in told[1]
-    told = findings.variants_sentences(made({"a": first, "b": first}, **facts), "dimensions")
-    assert "smallest K whose interval excludes a loss of more than 1 point against K = 16 is K = 8 (+0.00" in told[2]
-    worse = [value - 0.1 for value in first]
-    assert "For no smaller K" in findings.variants_sentences(made({"a": worse, "b": first}, **facts), "dimensions")[2]
-    joined = made({"dense": first, "both": [value + 0.1 for value in first], "LENS": second}, weight=[0, 0.5, 1])
-    told = findings.hybrid_sentences(joined, 0.5, "both", 0)
-    assert told[1].startswith("It cannot be told apart from LENS alone")
-    assert told[2].startswith("It is better than dense alone: +10.00 points")
-
-
-def test_the_interval_is_a_paired_bootstrap_over_tasks() -> None:
-    rng = np.random.default_rng(0)
-    one = rng.random(40)
-    two = one - 0.02 + rng.normal(scale=0.05, size=40)
-    found = mean_difference(one, two)
-    draws = np.random.default_rng(1).integers(0, 40, (20_000, 40))
-    low, high = np.percentile((one - two)[draws].mean(1), [2.5, 97.5])
-    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-3)
-    assert mean_difference([0.5], [0.4]).low is None
 
 
 def test_bad_input(
