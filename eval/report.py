@@ -32,7 +32,7 @@ from eval.report_parts import (
     show_queries,
     show_tasks,
 )
-from eval.run_folders import Runs, all_units, mean_over, read_runs, run_folder
+from eval.run_folders import ROUNDING, Runs, read_runs, read_units, run_folder
 from eval.significance import SAME, MeanTest, Units, compare_tasks
 from lens.files import atomic_file, write_json
 from lens.program import interruptible
@@ -99,6 +99,34 @@ def write(
     return content
 
 
+def all_units(runs: Runs) -> dict[str, dict[str, Units]]:
+    """System -> task -> units. Those whose score is not the summary's are left out with a note in `runs.notes`; another
+    tells which systems have no units on a task."""
+    found: dict[str, dict[str, Units]] = {}
+    whole: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
+    for name, system in runs.systems.items():
+        found[name] = {}
+        if system.variant is not None and system.units:
+            for task in (task for task in runs.tasks if task in system.scores and task not in system.units):
+                missing.setdefault(task, []).append(name)
+        for task in (task for task in runs.tasks if task in system.units):
+            given = system.units[task]
+            units = given if isinstance(given, Units) else read_units(given)
+            if not units.parts:
+                whole.setdefault(task, []).append(name)
+                continue
+            score = units.score
+            if not abs(score - system.scores[task]) <= ROUNDING:
+                facts = f"give {score:.4f}, and its score is {system.scores[task]:.4f}"
+                runs.notes.append(f"the units of {name} on {task} {facts}: left out of the tests")
+            else:
+                found[name][task] = units
+    for held, why in ((whole, "its score does not split into units"), (missing, "no units in the run")):
+        runs.notes += [f"{', '.join(names)} on {task}: {why}: not tested" for task, names in held.items()]
+    return found
+
+
 def ordered(runs: Runs) -> list[tuple[str, Any]]:
     """The tasks by type, in the order of the published tables, and by name."""
     place = {kind: number for number, kind in enumerate(TYPES)}
@@ -123,6 +151,12 @@ def means(runs: Runs) -> dict[str, Any]:
             name: {kind: mean_over(system.scores, names) for kind, names in kinds.items()} for name, system in systems
         },
     }
+
+
+def mean_over(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
+    """The mean score over tasks; None without any, or where one of them has no score."""
+    held = [scores.get(task) for task in tasks]
+    return None if not held or None in held else float(np.mean([score for score in held if score is not None]))
 
 
 def comparisons(

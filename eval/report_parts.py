@@ -27,8 +27,15 @@ METHOD = (
     "Scores are the tasks' main measures × 100; a mean stands only where every task of it has a score. The best of a "
     "row or column is stressed, published rows aside.",
     "Δ is the first system less the other. Its 95% interval is the percentile bootstrap over the task's units "
-    "(queries, texts, pairs, or draws of the clustering), drawn with replacement within each split and subset and the "
-    "same for both systems. Where the units are draws, the interval is about these alone, not about other texts.",
+    "(queries, texts, pairs, or what a clustering is repeated on), drawn with replacement within each split and subset "
+    "and the same for both systems.",
+    "Units of a clustering are fixed sets of different texts in mteb's first tasks (v1), and random draws from the "
+    "same texts in its later ones (v2) and in local folders: of draws, the interval is about these alone, not about "
+    "other texts.",
+    "Units of a classification are texts, each with the share of mteb's experiments (10) that class it rightly: how "
+    "the score varies with the samples that classifiers are trained on is not in the interval.",
+    "Where the score of pairs is that of a system's best similarity (max_ap), this similarity, chosen on all pairs, is "
+    "held fixed in the resamples.",
     "p is the two-sided paired randomisation test: each unit's two values are swapped or not. Measures that have no "
     "value for a unit alone (Spearman's correlation, average precision) are computed anew for each resample, after the "
     "values of both systems became ranks within the task, since their scales differ; these measures depend on ranks "
@@ -36,6 +43,8 @@ METHOD = (
     "p (Holm) is corrected over the tasks of the two systems; for the mean over tasks, over the pairs of systems. ▲ "
     f"and ▼ mark tasks on which a system is better or worse than the one it is tested against at {LEVEL} after that.",
     "The interval of a mean resamples the units within every task, so it is about these tasks, not about others.",
+    "Seconds are the whole evaluation's; those of a hybrid, which fuses what its members found, are theirs and its "
+    "own. Of a search that went on after it was killed only the time since counts.",
 )
 
 
@@ -196,7 +205,8 @@ def show_queries(
         for other, entries in system.explained.items():
             if entries:
                 document.heading(f"Where {name} loses most to {other}", 3)
-            for place, entry in enumerate(entries):
+            worst = sorted(entries, key=lambda entry: entry["value"] - entry["other_value"])
+            for place, entry in enumerate(worst):
                 caption = f"{entry['task']}, “{shortened(entry['text'])}” ({entry['query']}): "
                 caption += f"{percent(entry['value'])} against {percent(entry['other_value'])}"
                 document.folded(caption, explanation(entry), short=place >= SHOWN)
@@ -238,7 +248,7 @@ def show_costs(document: Document, content: Mapping[str, Any], runs: Runs) -> No
         document.text("There are no costs in the runs, or no task on which all systems have a score.")
         return
     count = f"{len(shared)} tasks" if len(shared) > 3 else " and ".join(shared)
-    document.text(f"Over {count}, on which all systems have a score; seconds are the whole evaluation's.")
+    document.text(f"Over {count}, on which all systems have a score.")
     digits = {"texts_per_second": 1, "seconds": 1, "dimensions": 0, "active": 1, "bytes_per_document": 0}
     rows = [
         [name, percent(row["score"]), *(number(row[key], places) for key, places in digits.items())]

@@ -209,28 +209,72 @@ def _read_mteb(run: str, folder: Path) -> Runs:
     else:
         notes.append("no costs.json in the run: what its systems cost is not shown")
     for name, system in found.systems.items():
-        system.costs = _checked_costs(folder / "costs.json", name, costs.get(name, {}))
-    files = [folder / "explained.json", *(folder / "explained" / f"{task}.json" for task in found.tasks)]
-    files = [file for file in files if file.is_file()]
-    if not files:
-        notes.append("no explained losses in the run: none are shown")
-    for file in files:
-        explained = read_json(file)
-        explained = explained if file.name == "explained.json" and file.parent == folder else explained.get("rows")
-        _expect(isinstance(explained, dict), file, "rows by system")
-        for name, system in found.systems.items():
-            for other, entries in _checked_explained(file, name, explained.get(name, {})).items():
-                if other in found.systems:
-                    system.explained.setdefault(other, []).extend(entries)
+        system.costs = _checked_costs(folder / "costs.json", name, costs.get(name))
+    _add_members(folder / "hybrids.json", found.systems)
+    _add_explained(folder / "explained", found)
     return found
 
 
+def _add_members(path: Path, systems: Mapping[str, System]) -> None:
+    """Adds to the seconds of each hybrid, which are those of fusing, its members': without all of them, none."""
+    hybrids = read_json(path) if path.is_file() else {}
+    for name, system in systems.items():
+        if system.role != "hybrid":
+            continue
+        facts = hybrids.get(name, {})
+        members = facts.get("members", []) if isinstance(facts, dict) else None
+        _expect(isinstance(members, list) and all(isinstance(one, str) for one in members), path, f"members of {name}")
+        parts = [system, *(systems[member] for member in members if member in systems)]
+        for task, figures in system.costs.items():
+            held = [s for part in parts if (s := part.costs.get(task, {}).get("seconds")) is not None]
+            whole = bool(members) and len(held) == len(members) + 1
+            figures |= {"seconds": sum(held) if whole else None, "texts": None, "embedding_seconds": None}
+
+
+def _add_explained(folder: Path, found: Runs) -> None:
+    """Adds the losses that are explained of the scores, units and data that the summary tells, with a note on others.
+
+    Each file holds {"of": {"task": revision of the data, "systems": {system: "UNITS@SCORE"}}, "rows": {system: {other:
+    losses}}}.
+    """
+    files = {task: folder / f"{task}.json" for task in found.tasks}
+    files = {task: file for task, file in files.items() if file.is_file()}
+    if not files:
+        found.notes.append("no explained losses in the run: none are shown")
+    for task, file in files.items():
+        content = read_json(file)
+        of, explained = content.get("of"), content.get("rows")
+        _expect(isinstance(explained, dict), file, "rows by system")
+        same = isinstance(of, dict) and of.get("task") == found.tasks[task].revision
+        of_systems = of.get("systems") if same else None
+        of_systems = of_systems if isinstance(of_systems, dict) else {}
+        current = {
+            name: task in system.scores and of_systems.get(name) == f"{system.variant}@{system.scores[task]:.6f}"
+            for name, system in found.systems.items()
+        }
+        stale = []
+        for name, rows in explained.items():
+            for other, entries in _checked_explained(file, name, rows).items():
+                if current.get(name) and current.get(other):
+                    found.systems[name].explained.setdefault(other, []).extend(entries)
+                elif entries:
+                    stale.append(f"{name} to {other}")
+        if stale:
+            found.notes.append(f"losses on {task} explained of other results than these: {', '.join(stale)}: not shown")
+
+
 def _checked_costs(path: Path, system: str, costs: Any) -> dict[str, dict[str, float | None]]:
-    _expect(isinstance(costs, dict), path, f"costs of {system} by task")
-    for task, figures in costs.items():
-        good = isinstance(figures, dict) and all(figures.get(key) is None or _figure(figures[key]) for key in COSTS)
+    """The costs of a system by task; what is null, missing, NaN or infinite is None."""
+    _expect(costs is None or isinstance(costs, dict), path, f"costs of {system} by task")
+    found = {}
+    for task, figures in (costs or {}).items():
+        _expect(figures is None or isinstance(figures, dict), path, f"costs of {system} on {task}")
+        given = {key: (figures or {}).get(key) for key in COSTS}
+        held = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in given.items()}
+        good = all(value is None or _figure(value) for value in held.values())
         _expect(good, path, f"{', '.join(COSTS)} of {system} on {task} as figures")
-    return {task: {key: figures.get(key) for key in COSTS} for task, figures in costs.items()}
+        found[task] = held
+    return found
 
 
 def _checked_explained(path: Path, system: str, explained: Any) -> dict[str, list[dict[str, Any]]]:
@@ -281,25 +325,6 @@ def read_units(path: Path) -> Units:
         where = str(part.get("split")), str(part.get("subset"))
         found.append(Part(*where, tuple(map(str, names)), np.array(values, dtype=np.float64), golden))
     return Units(kind, tuple(found))
-
-
-def all_units(runs: Runs) -> dict[str, dict[str, Units]]:
-    """System -> task -> units. Those whose score is not the summary's are left out with a note in `runs.notes`."""
-    found: dict[str, dict[str, Units]] = {}
-    for name, system in runs.systems.items():
-        found[name] = {}
-        for task in (task for task in runs.tasks if task in system.units):
-            given = system.units[task]
-            units = given if isinstance(given, Units) else read_units(given)
-            if not units.parts:
-                continue
-            score = units.score
-            if not abs(score - system.scores[task]) <= ROUNDING:
-                facts = f"give {score:.4f}, and its score is {system.scores[task]:.4f}"
-                runs.notes.append(f"the units of {name} on {task} {facts}: left out of the tests")
-            else:
-                found[name][task] = units
-    return found
 
 
 def _read_beir(run: str, folder: Path) -> Runs:
@@ -354,9 +379,3 @@ def _per_query(path: Path, notes: list[str]) -> dict[str, Units]:
         system: Units("mean", (Part("test", "default", tuple(held), np.array(list(held.values())), None),))
         for system, held in values.items()
     }
-
-
-def mean_over(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
-    """The mean score over tasks; None without any, or where one of them has no score."""
-    held = [scores.get(task) for task in tasks]
-    return None if not held or None in held else float(np.mean([score for score in held if score is not None]))

@@ -77,8 +77,11 @@ def write_run(
         "relevant": {**document, "matches": [[7, ["cat", EVIL], 0.2], *([i, ["dog"], 0.01] for i in range(9))]},
         "found": {**document, "document": "d2", "matches": []},
     }  # fmt: skip
-    explained = {first: {others[0]: [loss]}} if others else {}
-    for name, content in (("summary", summary), ("costs", costs), ("explained", explained)):
+    rows = {first: {others[0]: [loss]}} if others else {}
+    made_of = {s: f"{row['units']}@{row['scores']['nf']:.6f}" for s, row in facts.items() if "nf" in row["scores"]}
+    explained = {"of": {"count": 3, "task": "data-nf", "systems": made_of}, "rows": rows}
+    (folder / "explained").mkdir()
+    for name, content in (("summary", summary), ("costs", costs), ("explained/nf", explained)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
@@ -140,7 +143,7 @@ def test_figures_are_those_by_hand(run: Path, capsys: pytest.CaptureFixture[str]
     assert list(second["tasks"]) == ["cran", "nf"]
     for task, test in first["tasks"].items():
         assert test["difference"] == pytest.approx(mine[task] - scores[EVIL]["scores"][task], abs=2e-5)
-        assert test["low"] <= test["difference"] <= test["high"]
+        assert test["low"] - 1e-9 <= test["difference"] <= test["high"] + 1e-9
     cran = second["tasks"]["cran"]
     values = [np.array(parts("cran", gain, 0)["parts"][0]["values"]) for gain in (0.5, 0.49)]
     assert cran["p"] == randomisation_test(values[0] - values[1], 500)  # 2^8 flips
@@ -190,6 +193,8 @@ def test_the_page_loads_nothing_and_escapes_all(run: Path) -> None:
     assert "wrongly first: d2" in markdown
     assert "cat \\<script" in markdown
     assert "; 2 more" in markdown  # of ten clusters eight are shown
+    for limit in ("held fixed in the resamples", "random draws from the same texts", "only the time since counts"):
+        assert limit in markdown
     tables = [part.splitlines() for part in markdown.split("\n\n") if part.startswith("|")]
     assert len(tables) == 9
     for table in tables:
@@ -207,7 +212,7 @@ def test_the_direction_of_tests_and_marks(run: Path) -> None:
 
 
 def test_runs_without_units_costs_and_explanations(run: Path) -> None:
-    for name in ("costs.json", "explained.json"):
+    for name in ("costs.json", "explained/nf.json"):
         (run / name).unlink()
     edit(run / "summary.json", lambda c: [c["systems"][name].pop("units") for name in c["systems"]] and None)
     found = write(run, [str(run)])
@@ -227,6 +232,49 @@ def test_costs_that_a_task_lacks(run: Path) -> None:
     found = write(run, [str(run)], resamples=200)["costs"]["systems"]["LENS"]
     assert found["seconds"] is None  # a sum over fewer tasks is another figure
     assert (found["texts_per_second"], found["bytes_per_document"]) == (500, 800)
+    edit(run / "costs.json", lambda c: c["LENS"]["nf"].update(texts=float("nan"), embedding_seconds=float("inf")))
+    edit(run / "costs.json", lambda c: c["LENS"]["nf"].pop("dimensions") and c[EVIL].update(nf=None))
+    edit(run / "costs.json", lambda c: c.update(bm25=None))
+    found = write(run, [str(run)], resamples=200)["costs"]["systems"]
+    assert list(found) == ["LENS", EVIL]
+    assert (found["LENS"]["texts_per_second"], found["LENS"]["dimensions"]) == (500, 4000)
+    assert (found[EVIL]["seconds"], found[EVIL]["bytes_per_document"]) == (None, 1600)
+
+
+def test_seconds_of_a_hybrid_are_its_members_and_its_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {name: (0.3, ["nf", "cran"]) for name in ("LENS", "bm25", "both rrf")})
+    edit(run / "summary.json", lambda c: c["systems"]["both rrf"].update(role="hybrid"))
+    edit(run / "costs.json", lambda c: c["LENS"]["nf"].update(seconds=50.0))
+
+    def hybrid() -> tuple[Any, Any]:
+        found = write(run, [str(run)], resamples=200)["costs"]["systems"]["both rrf"]
+        return found["seconds"], found["texts_per_second"]
+
+    assert hybrid() == (None, None)  # its members are not known
+    members = {"both rrf": {"members": ["LENS", "bm25"], "fusion": "rrf"}}
+    (run / "hybrids.json").write_text(json.dumps(members))
+    assert hybrid() == (50 + 10 + 10 + 3 * 10, None)
+    edit(run / "costs.json", lambda c: c["bm25"]["nf"].update(seconds=None))
+    assert hybrid() == (None, None)
+    (run / "hybrids.json").write_text(json.dumps({"both rrf": {"members": "LENS"}}))
+    with pytest.raises(ValueError, match=r"hybrids.json is damaged: expected members of both rrf"):
+        hybrid()
+
+
+def test_losses_are_sorted_over_all_tasks(run: Path) -> None:
+    path = run / "explained" / "nf.json"
+    found = json.loads(path.read_text())
+    (loss,) = found["rows"]["LENS"][EVIL]
+    systems = json.loads((run / "summary.json").read_text())["systems"]
+    for task, values in (("nf", (0.5, 0.3, 0.2)), ("cran", (0.9, 0.1, 0.4))):
+        rows = [{**loss, "task": task, "query": f"{task} {v}", "value": 0.05, "other_value": v + 0.05} for v in values]
+        made_of = {name: f"{row['units']}@{row['scores'][task]:.6f}" for name, row in systems.items()}
+        content = {"of": {"count": 3, "task": f"data-{task}", "systems": made_of}, "rows": {"LENS": {EVIL: rows}}}
+        (run / "explained" / f"{task}.json").write_text(json.dumps(content))
+    write(run, [str(run)], resamples=200)
+    for name, shown in (("report.md", 3), ("report.html", 6)):
+        order = re.findall(r"\(((?:nf|cran) 0\.\d)\): ", (run / name).read_text())
+        assert order == ["cran 0.9", "nf 0.5", "cran 0.4", "nf 0.3", "nf 0.2", "cran 0.1"][:shown]
 
 
 def test_one_system_and_no_scores(tmp_path: Path) -> None:
