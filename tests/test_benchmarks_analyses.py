@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,10 +27,11 @@ PAIRS = [
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     beir = write_beir(folder / "questions")
-    shutil.copy(beir / "qrels" / "test.tsv", beir / "qrels" / "dev.tsv")
+    judged = (beir / "qrels" / "test.tsv").read_text().splitlines()
+    (beir / "qrels" / "dev.tsv").write_text("\n".join(judged[:-1]) + "\n")
     (folder / "similar").mkdir()
-    for split in ("dev", "test"):
-        write_rows(folder / "similar" / f"{split}.jsonl", *PAIRS)
+    write_rows(folder / "similar" / "dev.jsonl", *PAIRS[:-1])
+    write_rows(folder / "similar" / "test.jsonl", *PAIRS)
     (folder / "to-train-on").mkdir()
     write_rows(folder / "to-train-on" / "train.jsonl", {"query": "a", "positive": "b"})
     return folder
