@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import logging
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets
 import mteb
 import numpy as np
 
 from eval import findings
 from eval.baselines import dense_encoder
-from eval.benchmark import add_task_options, check_arithmetic, chosen_tasks
+from eval.benchmark import add_task_options, check_arithmetic, chosen_tasks, quiet, use_snapshot
 from eval.board import evaluated
 from eval.cache import WholeCache
 from eval.encoder import LensEncoder
@@ -37,8 +34,8 @@ from eval.findings import Findings
 from eval.fusion import dev_tasks
 from eval.meta import open_model
 from eval.run import machine, versions
-from eval.snapshot import Snapshot, unload
-from eval.tasks import KINDS, LOCAL
+from eval.snapshot import unload
+from eval.tasks import KINDS
 from eval.usefulness import ORDERS, usefulness
 from eval.variants import Store, Variant, named, pruning, unchanged, weighted
 from lens.files import read_json, require, write_json
@@ -344,10 +341,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"--memory-mb must be at least 1, found {options.memory_mb}")
     tasks = chosen_tasks(options)
     if options.snapshot is not None:
-        snapshot = Snapshot(options.snapshot)
-        for task in tasks:
-            if not task.metadata.dataset["path"].startswith(LOCAL):
-                snapshot.use(task, False)
+        use_snapshot(options.snapshot, tasks)
     path = options.output / "results.json"
     other = read_json(path).get("analysis") if path.is_file() else None
     if (path.is_file() and other != options.analysis) or (options.output / "summary.json").is_file():
@@ -360,9 +354,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code: 0, 1 where a point failed on a task, 2 with one line for bad input."""
     options = parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", module="mteb|sklearn")  # of labels that a classifier never gives, at every point
-    logging.getLogger("mteb").setLevel(logging.CRITICAL)  # failures are told by `scored`
-    datasets.disable_progress_bars()
+    quiet()
     try:
         with alone(options.output / "results"):
             results, failures = run(options)

@@ -33,8 +33,8 @@ from eval.by_task import by_task, on_one
 from eval.encoder import LensEncoder
 from eval.explained import explained
 from eval.fusion import FUSIONS, chosen_weights, dev_tasks, hybrid, members, unfusable
-from eval.meta import open_model
-from eval.peers import open_peer, short_name, takes
+from eval.meta import named_place, open_model
+from eval.peers import open_peer, takes
 from eval.report import write as write_report
 from eval.snapshot import Snapshot, unload
 from eval.submission import problems
@@ -191,7 +191,7 @@ def names_of(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"--{option} is of one model, and there are {len(options.model)}")
     names: list[str] = []
     for option, given in [*(("model", given) for given in options.model), *(("peers", one) for one in options.peers)]:
-        name = short_name(given)[0]
+        name = named_place(given)[0]
         if name in names or name in BASELINES:
             raise ValueError(f"two systems are named {name!r}: tell them apart with --{option} NAME=DIR")
         names.append(name)
@@ -207,11 +207,16 @@ def tasks_of(options: argparse.Namespace) -> list[Any]:
     if options.verify and options.snapshot is None:
         raise ValueError("--verify compares the files of a snapshot: give --snapshot")
     if options.snapshot is not None:
-        snapshot = Snapshot(options.snapshot)
-        for task in tasks:
-            if not task.metadata.dataset["path"].startswith(LOCAL):
-                snapshot.use(task, options.verify)
+        use_snapshot(options.snapshot, tasks, options.verify)
     return tasks
+
+
+def use_snapshot(folder: str, tasks: Sequence[Any], verify: bool = False) -> None:
+    """Has mteb's own tasks read their data from a snapshot. Raises what `Snapshot.use` raises."""
+    snapshot = Snapshot(folder)
+    for task in tasks:
+        if not task.metadata.dataset["path"].startswith(LOCAL):
+            snapshot.use(task, verify)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -338,8 +343,8 @@ def means(tasks: Mapping[str, Mapping[str, str]], scores: Mapping[str, float]) -
 
 
 def quiet() -> None:
-    """Silences mteb and datasets; `run` tells what failed."""
-    warnings.filterwarnings("ignore", module="mteb")
+    """Silences mteb and datasets, whose failures are told otherwise, and scikit-learn on labels never given."""
+    warnings.filterwarnings("ignore", module="mteb|sklearn")
     logging.getLogger("mteb").setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
 

@@ -78,6 +78,12 @@ def filled(meta: ModelMeta, path: str | os.PathLike[str]) -> ModelMeta:
         raise ValueError(f"{path}: {' '.join(str(error).split()):.300}") from error
 
 
+def named_place(given: str) -> tuple[str, str]:
+    """What is given as [NAME=]PLACE: its name, else the last part of the place, and the place."""
+    name, separator, place = given.partition("=")
+    return (name, place) if separator and not Path(given).exists() else (Path(given).name, given)
+
+
 def local_name(short: str) -> str:
     """The name in results of a model that only its folder or the command line names."""
     return "local/" + (re.sub(r"[^\w.-]+", "-", short, flags=re.ASCII).strip("-._") or "model")
@@ -153,12 +159,10 @@ def open_model(
 
     Raises FileNotFoundError or ValueError naming what was given, and what `lens.load` raises.
     """
-    short, separator, place = given.partition("=")
-    if not separator or Path(given).exists():
-        short, place, separator = Path(given).name, given, ""
+    short, place = named_place(given)
     if Path(place).is_dir():
         model = lens.load(place, device=device, **options)
-        meta = artifact_meta(model, place, name or (local_name(short) if separator else None), **options)
+        meta = artifact_meta(model, place, name or (local_name(short) if place != given else None), **options)
     elif place in RELEASED:
         if name or fill:
             raise ValueError(f"{place} has its name and metadata from mteb: leave out --name and --meta")

@@ -10,17 +10,11 @@ import mteb
 from mteb.models.model_meta import ModelMeta
 from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
 
-from eval.meta import local_name, revision_of
+from eval.meta import local_name, named_place, revision_of
 from lens.files import read_json
 
 KINDS = ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder", "CrossEncoder")
 """Classes of sentence-transformers, as config_sentence_transformers.json names them."""
-
-
-def short_name(given: str) -> tuple[str, str]:
-    """What a model given as [NAME=]PLACE is called, and its place."""
-    short, separator, place = given.partition("=")
-    return (short, place) if separator and not Path(given).exists() else (Path(given).name, given)
 
 
 def open_peer(given: str, device: str | None = None) -> tuple[str, Any]:
@@ -29,7 +23,7 @@ def open_peer(given: str, device: str | None = None) -> tuple[str, Any]:
 
     Raises FileNotFoundError, OSError or ValueError naming what was given.
     """
-    short, place = short_name(given)
+    short, place = named_place(given)
     if Path(place).is_dir():
         model = _from_folder(Path(place), device)
         facts = {"name": local_name(short), "revision": revision_of(place)}
