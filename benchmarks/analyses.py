@@ -46,7 +46,7 @@ TITLES = {
     "pooling": "Pooling",
     "attention": "Attention and pooling of a tiny decoder",
 }
-PRUNED = ("--top-n", "16", "64", "256", "1024", "--drop", "0.25", "0.5", "0.75", "0.9")
+PRUNED = ("--top-n", "16", "64", "256", "1024", "--drop", "0.5", "0.75", "0.9")
 
 
 def tasks_in(data: Path) -> tuple[list[str], list[str]]:

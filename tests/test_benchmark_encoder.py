@@ -297,7 +297,7 @@ def test_metadata_tells_the_model_and_no_path(folder: Path) -> None:
     again = LensEncoder(model, meta).encode(texts, task_metadata=STS)
     np.testing.assert_array_equal(loaded.encode(texts, task_metadata=STS), again)
     assert loaded.mteb_model_meta.revision == meta.revision
-    with pytest.raises(ValueError, match="OWNER/MODEL; found 'mine'"):
+    with pytest.raises(ValueError, match="OWNER/MODEL, of letters, digits and ._-; found 'mine'"):
         artifact_meta(model, folder, "mine")
 
 
