@@ -6,15 +6,18 @@ import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mteb
 import pytest
+import torch
 from conftest import SENTENCES, write_rows
 from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 from test_eval_program import write_beir
+from threadpoolctl import threadpool_limits
 
 import lens
 from eval import benchmark, board, by_task
@@ -24,6 +27,16 @@ from eval.cache import WholeCache
 from eval.run import main
 
 TWO = ("--devices", "cpu", "cpu", "--by", "task")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads here as each process gets, since sums round otherwise with two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
