@@ -110,12 +110,14 @@ def analyse(options: argparse.Namespace) -> None:
     pooled = [f"{name}={models[name]}" for name in models if "pooling" in name]
     others = [f"{name}={options.decoder / slug(name, 0)}" for name in VARIANTS] if options.decoder else []
     fused = ("--baselines", "bm25", "dense", "--hybrids", f"{MODEL}+dense", f"{MODEL}+bm25", "--dev", *ranked)
+    run = "run" in options.only or (options.work / "run" / "results").is_dir()
+    known = ("--results", options.work / "run") if run else ()
     commands: dict[str, tuple[Any, ...]] = {
         "run": ("eval/run.py", *whole, *local, *fused),
         "pruning": ("eval/analyse.py", "pruning", *whole, *local, *PRUNED),
         "hybrid": ("eval/analyse.py", "hybrid", *whole, *local, "--dev", *dev),
-        "clusters": ("eval/analyse.py", "variants", *whole, *sizes, *local, "--axis", "dimensions"),
-        "pooling": ("eval/analyse.py", "variants", *whole, *pooled, *local, "--axis", "none"),
+        "clusters": ("eval/analyse.py", "variants", *whole, *sizes, *local, "--axis", "dimensions", *known),
+        "pooling": ("eval/analyse.py", "variants", *whole, *pooled, *local, "--axis", "none", *known),
     }
     if others:
         commands["attention"] = ("eval/analyse.py", "variants", "--model", *others, *local, "--axis", "none")

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
         add("--snapshot", metavar="DIR", help="read mteb's data from this folder of scripts/fetch_benchmarks.py")
         add("--local", nargs="+", default=[], metavar="DIR[:KIND]", help=f"folders as tasks; kinds: {', '.join(KINDS)}")
         add("--output", type=Path, required=True, metavar="DIR", help="folder of all results")
+        add(
+            "--results", type=Path, metavar="DIR", help="output of eval/run.py or another analysis to share scores with"
+        )
         add("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models' weights (as they are)")
         if command is not many:
@@ -110,7 +114,7 @@ def run_pruning(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict
         wide = next((n for n in options.top_n or () if n >= config.dimensions), None)
         if wide is not None:
             raise ValueError(f"--top-n {wide} keeps everything: the model has {config.dimensions} dimensions")
-        check_arithmetic(options.output / "systems.json", {name: source})
+        check_arithmetic(results_of(options) / "systems.json", {name: source})
         path = options.output / "dimensions.json"
         useful = usefulness(source, tasks, options.calibrate, options.sample, options.seed, path)
         store = Store(source, "csr", options.memory_mb * 1_000_000)
@@ -179,7 +183,9 @@ def run_variants(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dic
         several = len({point.facts["dimensions"] for point in points.values()}) == len(points)
         if options.axis == "dimensions" and not several:
             raise ValueError("--axis dimensions: two models have the same number of dimensions")
-        check_arithmetic(options.output / "systems.json", {name: point.system for name, point in points.items()})
+        check_arithmetic(
+            (options.results or options.output) / "systems.json", {name: point.system for name, point in points.items()}
+        )
         scores, failures = scored(points, tasks, options, [])
     finally:
         for point in points.values():
@@ -206,7 +212,7 @@ def run_hybrid(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict[
         if config.head == "dense" or not config.normalize:
             how = "head='dense'" if config.head == "dense" else "embeddings without unit length"
             raise ValueError(f"--model {options.model} has {how}: cosines of LENS are joined with those of a dense one")
-        check_arithmetic(options.output / "systems.json", {name: source})
+        check_arithmetic(results_of(options) / "systems.json", {name: source})
         dense = dense_encoder(options.dense_model or config.base, options.device, options.dense_length)
         limit = options.memory_mb * 1_000_000
         stores = [Store(source, "csr", limit), Store(dense, "numpy", limit)]
@@ -272,7 +278,7 @@ def scored(
     points: Mapping[str, Point], tasks: Sequence[Any], options: argparse.Namespace, stores: Sequence[Store]
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Main scores, point -> task -> score, and what failed; task after task, so that one's embeddings are held."""
-    cache = WholeCache(options.output)
+    cache = WholeCache(results_of(options))
     scores: dict[str, dict[str, float]] = {name: {} for name in points}
     failures: list[str] = []
     for task in tasks:
@@ -350,13 +356,31 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     return runs[options.analysis](options, tasks)
 
 
+def results_of(options: argparse.Namespace) -> Path:
+    """The folder whose results/ holds the scores."""
+    return Path(options.results or options.output)
+
+
+def shared(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Holds the lock of the folder whose scores are shared, where that is another one than the output.
+
+    Raises FileNotFoundError for one that holds none.
+    """
+    place = results_of(options)
+    if place.resolve() == options.output.resolve():
+        return nullcontext()
+    if not (place / "results").is_dir():
+        raise FileNotFoundError(f"--results {place} holds no folder results of an evaluation")
+    return alone(place / "results")
+
+
 @interruptible("eval/analyse.py", "the same command goes on where it stopped")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code: 0, 1 where a point failed on a task, 2 with one line for bad input."""
     options = parser().parse_args(arguments)
     quiet()
     try:
-        with alone(options.output / "results"):
+        with alone(options.output / "results"), shared(options):
             results, failures = run(options)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -328,3 +329,25 @@ def test_bad_input(
     seen = ["--local", str(tmp_path / "dev"), "--dev", str(tmp_path / "dev")]
     assert analyse("hybrid", tmp_path / "out", *tiny, *seen) == 2
     assert "its split dev is evaluated: that would be no test" in capsys.readouterr().err
+
+
+def test_scores_of_another_output_are_shared(
+    model: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, given = tmp_path / "run", ["--local", data["beir"], data["sts"]]
+    assert evaluate(["--model", str(model), "--device", "cpu", "--output", str(run), *map(str, given)]) == 0
+    stored = {path: path.stat().st_mtime_ns for path in (run / "results").rglob("*.json")}
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    lens_json = json.loads((other / "lens.json").read_text())
+    (other / "lens.json").write_text(json.dumps({**lens_json, "document_max_length": 8}))
+    models = ["--model", f"tiny={model}", f"short={other}"]
+    assert analyse("variants", tmp_path / "out", *models, *given, "--results", run) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert found[0]["scores"] == summary["systems"][model.name]["scores"]
+    assert {path: path.stat().st_mtime_ns for path in stored} == stored
+    assert len(list((run / "results").rglob("sts*.json"))) == 2
+    assert not (tmp_path / "out" / "results").exists()
+    assert analyse("variants", tmp_path / "out", *models, *given, "--results", tmp_path / "nowhere") == 2
+    assert "nowhere holds no folder results" in capsys.readouterr().err
