@@ -27,7 +27,7 @@ import numpy as np
 
 from eval import findings
 from eval.baselines import dense_encoder
-from eval.benchmark import add_task_options, check_arithmetic, chosen_tasks, quiet, use_snapshot
+from eval.benchmark import add_embeddings_option, add_task_options, check_arithmetic, chosen_tasks, quiet, use_snapshot
 from eval.board import evaluated
 from eval.cache import WholeCache
 from eval.encoder import LensEncoder
@@ -35,6 +35,7 @@ from eval.findings import Findings
 from eval.fusion import dev_tasks
 from eval.meta import open_model
 from eval.run import machine, versions
+from eval.shared_layers import SharedLayers
 from eval.snapshot import unload
 from eval.tasks import KINDS
 from eval.usefulness import ORDERS, usefulness
@@ -89,10 +90,11 @@ def parser() -> argparse.ArgumentParser:
         add(
             "--results", type=Path, metavar="DIR", help="output of eval/run.py or another analysis to share scores with"
         )
+        add_embeddings_option(command)
         add("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models' weights (as they are)")
-        if command is not many:
-            add("--memory-mb", type=int, default=2000, metavar="MB", help="embeddings held of one task (2000)")
+        held = "states of layers that the models share" if command is many else "embeddings"
+        add("--memory-mb", type=int, default=2000, metavar="MB", help=f"{held}, held of one task (2000)")
     return parser
 
 
@@ -170,6 +172,7 @@ def run_variants(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dic
     if options.axis not in (None, "dimensions", "none"):
         raise ValueError(f"--axis is dimensions or none, found {options.axis!r}")
     points: dict[str, Point] = {}
+    notes: list[str] = []
     try:
         for given in options.model:
             name, source = _opened(given, options)
@@ -186,7 +189,13 @@ def run_variants(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dic
         check_arithmetic(
             (options.results or options.output) / "systems.json", {name: point.system for name, point in points.items()}
         )
-        scores, failures = scored(points, tasks, options, [])
+        encoders = [point.system for point in points.values()]
+        shared = SharedLayers([encoder.model.model.backbone for encoder in encoders], options.memory_mb * 1_000_000)
+        if shared.layers:
+            notes.append(f"The models have {shared.layers} layers in common, computed once for all of them.")
+            for encoder in encoders:  # so that all of them meet the same batches
+                encoder.chunk = min(other.chunk for other in encoders)
+        scores, failures = scored(points, tasks, options, [shared])
     finally:
         for point in points.values():
             point.system.model.close()
@@ -200,7 +209,7 @@ def run_variants(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dic
     elif found.compared:
         plot = findings.bars(found)
     labels = {"dimensions": "K", "pooling": "pooling", "attention": "attention", "head": "head"}
-    return _written("variants", "Models side by side", options, found, said, labels, plot, [], failures)
+    return _written("variants", "Models side by side", options, found, said, labels, plot, notes, failures)
 
 
 def run_hybrid(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict[str, Any], list[str]]:
@@ -214,6 +223,7 @@ def run_hybrid(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict[
             raise ValueError(f"--model {options.model} has {how}: cosines of LENS are joined with those of a dense one")
         check_arithmetic(results_of(options) / "systems.json", {name: source})
         dense = dense_encoder(options.dense_model or config.base, options.device, options.dense_length)
+        dense.keep(options.embeddings)
         limit = options.memory_mb * 1_000_000
         stores = [Store(source, "csr", limit), Store(dense, "numpy", limit)]
         beside = f"{dense.mteb_model_meta.name}@{dense.mteb_model_meta.revision}"
@@ -267,7 +277,7 @@ def run_hybrid(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dict[
 
 def _opened(given: str, options: argparse.Namespace) -> tuple[str, LensEncoder]:
     name, model, meta = open_model(given, options.device, dtype=options.dtype)
-    return name, LensEncoder(model, meta, options.output / "work")
+    return name, LensEncoder(model, meta, options.output / "work").keep(options.embeddings)
 
 
 def _facts(tasks: Sequence[Any]) -> dict[str, dict[str, str]]:
@@ -275,7 +285,7 @@ def _facts(tasks: Sequence[Any]) -> dict[str, dict[str, str]]:
 
 
 def scored(
-    points: Mapping[str, Point], tasks: Sequence[Any], options: argparse.Namespace, stores: Sequence[Store]
+    points: Mapping[str, Point], tasks: Sequence[Any], options: argparse.Namespace, stores: Sequence[Store | SharedLayers]
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Main scores, point -> task -> score, and what failed; task after task, so that one's embeddings are held."""
     cache = WholeCache(results_of(options))
@@ -343,7 +353,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Runs an analysis; returns the content of results.json and what failed. Raises OSError, ValueError or ImportError
     with one clear line."""
     require("eval", "matplotlib")
-    if getattr(options, "memory_mb", 1) < 1:
+    if options.memory_mb < 1:
         raise ValueError(f"--memory-mb must be at least 1, found {options.memory_mb}")
     tasks = chosen_tasks(options)
     if options.snapshot is not None:

@@ -40,6 +40,10 @@ class DenseEncoder(ChunkedEncoder):
         super().__init__(meta, model.dimensions, None, work)
         self.model = model
 
+    def manner(self, task: TaskMetadata, side: PromptType | None) -> Any:
+        """Nothing: texts of all kinds are embedded alike."""
+        return None
+
     def vectors(self, texts: Sequence[str], task: TaskMetadata, side: PromptType | None, output: str) -> Any:
         found = self.model.encode(texts, f"{task.name}: dense", show_progress=False)
         return sparse.csr_matrix(found) if output == "csr" else found

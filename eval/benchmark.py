@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compat", choices=("official",), help="embed as the released code does, for released checkpoints")
     add("--submit-dry-run", action="store_true", help="then check the first model's results as the leaderboard will")
     add("--output", type=Path, default=Path("runs/mteb"), metavar="DIR", help="folder of all results (runs/mteb)")
+    add_embeddings_option(parser)
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--device", help="cuda, mps or cpu; unset: the accelerator where there is one")
     device.add_argument("--devices", nargs="+", metavar="DEVICE", help="several for the models, see --by")
@@ -86,6 +87,12 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     add("--benchmark", nargs="+", default=[], metavar="NAME", help='mteb benchmarks, such as "MTEB(eng, v1)"')
     add("--tasks", nargs="+", default=[], metavar="NAME", help="mteb tasks; with --benchmark only these of it")
     add("--types", nargs="+", default=[], metavar="TYPE", help="only tasks of these types, such as STS Retrieval")
+
+
+def add_embeddings_option(parser: argparse.ArgumentParser) -> None:
+    """The option that names a folder of embeddings."""
+    about = "keep the embeddings of LENS and dense models here, and take those from here that are there"
+    parser.add_argument("--embeddings", type=Path, metavar="DIR", help=about)
 
 
 def chosen_tasks(options: argparse.Namespace) -> list[Any]:
@@ -156,7 +163,7 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for given in options.model:
         name, model, meta = open_model(given, devices, options.name, options.meta, **varied)
-        found[name] = LensEncoder(model, meta, work)
+        found[name] = LensEncoder(model, meta, work).keep(options.embeddings)
     for given in options.peers:
         name, peer = open_peer(given, options.devices[0] if options.devices else options.device)
         found[name] = peer
@@ -168,7 +175,7 @@ def systems(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError("the dense baseline needs --dense-model, or --model to take its backbone")
         path = options.dense_model or first.model.config.base
         device = options.devices[0] if options.devices else options.device
-        found["dense"] = dense_encoder(path, device, options.dense_length, work)
+        found["dense"] = dense_encoder(path, device, options.dense_length, work).keep(options.embeddings)
     return found
 
 

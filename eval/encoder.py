@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 from tqdm.auto import tqdm
 
+from eval.embeddings import KeptEmbeddings
 from eval.instructions import ASYMMETRIC, instruction_for
 from eval.running import BLOCK_SCORES, RunningTop, inner_products
 from lens.encoder import LENS
+from lens.text import Kind
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -65,10 +67,14 @@ class Spent:
         self.dimensions = dimensions
         self.read()
 
-    def add(self, texts: int, seconds: float, values: NDArray[np.float32], documents: bool) -> None:
-        """Takes in `texts` embeddings; `values` may be those above 0 only."""
-        self.texts += texts
-        self.seconds += seconds
+    def add(
+        self, texts: int, seconds: float, values: NDArray[np.float32], documents: bool, fresh: int | None = None
+    ) -> None:
+        """Takes in `texts` embeddings, of which only `fresh` were computed; `values` may be those above 0 only."""
+        fresh = texts if fresh is None else fresh
+        if fresh:
+            self.texts += fresh
+            self.seconds += seconds
         if documents:
             self.documents += texts
             self.active += np.count_nonzero(values)
@@ -92,7 +98,8 @@ class ChunkedEncoder(AbsEncoder):
     """What models have in common: `encode` for most tasks, `index` and `search` for retrieval and reranking.
 
     `vectors(texts, task, side, output)` gives embeddings (N, K) of distinct texts, `output` being "numpy" or "csr".
-    `work` is a folder for unfinished searches; without one a killed search begins again.
+    `manner(task, side)` is what decides an embedding beside the text. `work` is a folder for unfinished searches;
+    without one a killed search begins again. `keep` has embeddings kept in a folder, and taken from there.
     """
 
     def __init__(
@@ -109,6 +116,7 @@ class ChunkedEncoder(AbsEncoder):
         self.work = None if work is None else Path(work)
         self.chunk = chunk or max(PROBE, CHUNK_VALUES // dimensions)
         self.corpus: Any = None
+        self.kept: KeptEmbeddings | None = None
         self.spent = Spent(dimensions)
         self.searches: list[Path] = []
 
@@ -129,6 +137,27 @@ class ChunkedEncoder(AbsEncoder):
     def facts(self) -> Any:
         """What beside name and revision decides the embeddings; part of an unfinished search's identity."""
         return None
+
+    def manner(self, task: TaskMetadata, side: PromptType | None) -> Any:
+        """What decides a text's embedding beside the model, as JSON holds it."""
+        return [task.name, None if side is None else side.value]
+
+    def keep(self, folder: Path | None) -> Self:
+        """Has embeddings kept in a folder (see eval/embeddings.py) and taken from there; None: no longer."""
+        meta = self.mteb_model_meta
+        facts = [meta.revision or meta.name, meta.experiment_kwargs, self.facts]
+        self.kept = None if folder is None else KeptEmbeddings(folder, facts)
+        return self
+
+    def known(self, texts: Sequence[str], task: TaskMetadata, side: PromptType | None, output: str) -> tuple[Any, int]:
+        """`vectors` of distinct texts, and how many of them were computed: those that are kept are not."""
+        if self.kept is None:
+            return self.vectors(texts, task, side, output), len(texts)
+
+        def embed(new: Sequence[str]) -> Any:
+            return self.vectors(new, task, side, output)
+
+        return self.kept.vectors(texts, self.manner(task, side), output, embed)
 
     def encode(
         self,
@@ -268,11 +297,11 @@ class ChunkedEncoder(AbsEncoder):
 
         began = perf_counter()
         try:
-            vectors = embed(unique)
+            vectors, fresh = self.known(unique, task, side, output)
         except FloatingPointError as error:
             raise ValueError(f"{task.name}: {error}; the first such text: {_culprit(embed, unique)!r:.80}") from error
         values = vectors.data if sparse.issparse(vectors) else vectors
-        self.spent.add(len(unique), perf_counter() - began, values, side != PromptType.query)
+        self.spent.add(len(unique), perf_counter() - began, values, side != PromptType.query, fresh)
         if not np.isfinite(values).all():
             bad = next(text for text in unique if not np.isfinite(self.vectors([text], task, side, "numpy")).all())
             raise ValueError(f"{task.name}: the embedding of {bad!r:.80} is not finite")
@@ -320,12 +349,16 @@ class LensEncoder(ChunkedEncoder):
     def facts(self) -> Any:
         return [self.model.config.to_dict(), str(self.model.model.head.weight.dtype)]
 
-    def vectors(self, texts: Sequence[str], task: TaskMetadata, side: PromptType | None, output: str) -> Any:
+    def manner(self, task: TaskMetadata, side: PromptType | None) -> tuple[Kind, str | None]:
+        """Query or document, and the instruction."""
         plain = self.model.config.prompt == "plain"
         if side == PromptType.document if task.type in ASYMMETRIC else plain:
-            return self.model.encode_documents(texts, output=output)
-        instruction = None if plain else instruction_for(task)
-        return self.model.encode_queries(texts, instruction=instruction, output=output)
+            return "document", None
+        return "query", None if plain else instruction_for(task)
+
+    def vectors(self, texts: Sequence[str], task: TaskMetadata, side: PromptType | None, output: str) -> Any:
+        kind, instruction = self.manner(task, side)
+        return self.model.encode(texts, kind, instruction, output=output)
 
 
 def _plain(name: str) -> str:

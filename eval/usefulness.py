@@ -106,7 +106,7 @@ def _parts(tasks: Iterable[Any]) -> list[Any]:
 
 
 def _embedded(source: LensEncoder, task: Any, sample: int, rng: np.random.Generator) -> sparse.csr_matrix:
-    return source.vectors(unlabelled(task, sample, rng), task.metadata, PromptType.document, "csr")
+    return source.known(unlabelled(task, sample, rng), task.metadata, PromptType.document, "csr")[0]
 
 
 def unlabelled(task: Any, sample: int, rng: np.random.Generator) -> list[str]:

@@ -60,7 +60,7 @@ class Store:
         rows = self.rows.setdefault(key, {})
         new = [text for text in texts if text not in rows]
         if new:
-            fresh = self.source.vectors(new, task, side, self.output)
+            fresh, _ = self.source.known(new, task, side, self.output)
             if sum(map(size_of, self.held.values())) + size_of(fresh) > self.limit:
                 self._tell(task.name)
                 number = {text: row for row, text in enumerate(new)}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lens import products
+
 # Legend: B texts, T pooled tokens of all texts, D hidden size, K clusters.
 
 _BLOCK = (1024, 512)  # rows x clusters: 2 MB of float32, which stays in the second-level caches of two cores
@@ -116,13 +118,14 @@ class Packed(Protocol):
 
 
 class _Logits:
-    """Blocks of rows @ weight.T, each written over the one before."""
+    """Blocks of rows @ weight.T, each written over the one before where torch's own product makes them."""
 
     def __init__(self, rows: Tensor, weight: Tensor) -> None:
         self.rows, self.weight = rows, weight
         self.height, self.width = block_size(rows.device)
+        self.own = rows.device.type == "cpu" and rows.dtype == torch.float32 and products.pays()
         size = min(self.height, max(len(rows), 1)) * min(self.width, max(len(weight), 1))
-        self.memory = rows.new_empty(size)
+        self.memory = rows.new_empty(0 if self.own else size)
 
     def columns(self) -> Iterator[slice]:
         for start in range(0, len(self.weight), self.width):
@@ -130,6 +133,8 @@ class _Logits:
 
     def __call__(self, part: slice, columns: slice) -> Tensor:
         weight = self.weight[columns]
+        if self.own:
+            return products.linear(self.rows[part], weight)
         height = part.stop - part.start
         out = self.memory[: height * len(weight)].view(height, len(weight))
         return torch.mm(self.rows[part], weight.t(), out=out)

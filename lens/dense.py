@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lens import products
 from lens.backbone import hidden_states, load_backbone, load_tokenizer, position_limit
 from lens.devices import resolve_device
 from lens.packed import choose_packed, packed_states
@@ -49,6 +50,7 @@ class Dense:
         kind = getattr(torch, dtype or "float32")
         model, _, _ = load_backbone(os.fspath(path), bidirectional=False, dtype=kind, device=self._device)
         self._model = model.eval()
+        products.speed_up(self._model)
         self._max_length = min(max_length, position_limit(self._model) or max_length)
         half = kind in (torch.bfloat16, torch.float16)
         self._packed = choose_packed(self._model, self._max_length, None, half)

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from lens import products
 from lens.chunked import Blocks, block_size
 
 # Legend: T tokens, I and O inputs and outputs of a linear layer, D hidden size, K clusters.
@@ -171,7 +172,7 @@ def quantize(model: Any) -> None:
         model.backbone = model.backbone.merge_and_unload()
     for module in list(model.backbone.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) in (nn.Linear, products.Linear):
                 setattr(module, name, Int8Linear(child))
     for module in model.backbone.modules():
         for names in _SIBLINGS:

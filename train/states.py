@@ -20,6 +20,7 @@ from lens.backbone import hidden_states
 from lens.files import read_json, write_json
 from lens.model import LensModel
 from lens.packed import packed_states
+from lens.products import speed_up
 from lens.text import TextProcessor, Tokens, offsets, pooled_places, token_batches
 from train.data import Example, Key, tokenize
 from train.top import TopLayers
@@ -112,6 +113,7 @@ def compute_states(
         starts = np.concatenate([[0], np.cumsum(lengths)])
         device = next(model.backbone.parameters()).device
         model.eval()
+        speed_up(model.backbone)
         rows = [i for i in range(len(tokens)) if lengths[i]]
         with tqdm(total=len(rows), desc="hidden states", unit="text", leave=False) as bar:
             for places in token_batches([len(tokens[i].ids) for i in rows], batch_tokens, packed):

@@ -1,0 +1,154 @@
+"""Products by oneDNN against torch's own and against double precision."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SENTENCES
+from torch import nn
+from torch.nn import functional as F
+
+import lens
+from lens import products
+from lens.chunked import reduce_max
+from lens.dense import Dense
+
+AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """oneDNN wherever it can be; returns the shapes that it multiplied."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(products, "pays", lambda: True)
+    seen: list[tuple[int, ...]] = []
+    fits = products._fits
+
+    def watching(x: torch.Tensor, weight: torch.Tensor) -> bool:
+        found = fits(x, weight)
+        if found:
+            seen.append((*x.shape, len(weight)))
+        return found
+
+    monkeypatch.setattr(products, "_fits", watching)
+    return seen
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (37, 8), (3, 5, 8), (1, 2, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product(shape: tuple[int, ...], bias: bool, forced: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(11, 8)
+    added = torch.randn(11) if bias else None
+    wanted = x.double() @ weight.double().T + (0 if added is None else added.double())
+    with torch.inference_mode():
+        found = products.linear(x, weight, added)
+        strided = products.linear(torch.stack([x, x], dim=-1)[..., 0], weight, added)
+    assert forced == [(*shape, 11)] * 2
+    assert found.dtype == torch.float32
+    assert found.double().numpy() == pytest.approx(wanted.numpy(), abs=1e-5)
+    assert torch.equal(found, strided)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(forced: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(300, 64), torch.randn(48, 64)
+    with torch.inference_mode():
+        whole = products.linear(x, weight)
+        for rows in (slice(0, 2), slice(7, 300), slice(100, 164)):
+            assert products.linear(x[rows], weight).numpy() == pytest.approx(whole[rows].numpy(), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_where_torch_multiplies(forced: list[tuple[int, ...]]) -> None:
+    x, layer = torch.randn(4, 8), products.Linear(8, 3)
+    wanted = F.linear(x, layer.weight, layer.bias)
+    found = layer(x)  # with gradients
+    found.sum().backward()
+    assert torch.equal(found, wanted)
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        layer(x[:1])
+        layer(x[:0])
+        layer.double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.float()(x).dtype == torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=False):
+            layer(x)
+        assert not forced
+        layer(x)
+    assert forced == [(4, 8, 3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "capability", "wanted"),
+    [(AMD, "AVX512", True), (AMD, "AVX2", False), (INTEL, "AVX512", False), (None, "AVX512", False)],
+)
+def test_for_which_processors(
+    text: str | None, capability: str, wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch._C, "_has_mkldnn", True)
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + text)
+    assert products.pays.__wrapped__() == wanted
+    monkeypatch.setattr(torch._C, "_has_mkldnn", False)
+    assert not products.pays.__wrapped__()
+
+
+def test_layers_stay_what_they_are() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 2)))
+    before = copy.deepcopy(module.state_dict())
+    products.speed_up(module)
+    assert [type(part) for part in module.modules() if isinstance(part, nn.Linear)] == [products.Linear] * 2
+    after = pickle.loads(pickle.dumps(copy.deepcopy(module))).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("pooling", ["max", "sum", "last"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_embeddings(
+    pooling: str,
+    packed: bool,
+    mistral: Path,
+    mistral_clusters: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    model = lens.LENS.build(mistral, mistral_clusters, device="cpu", pooling=pooling, packed=packed)
+    monkeypatch.setattr(products, "pays", lambda: False)
+    wanted = model.encode(SENTENCES)
+    seen = request.getfixturevalue("forced")
+    found = model.encode(SENTENCES)
+    layers = {shape[-1] for shape in seen}
+    assert {32, 64, 16} <= layers  # queries and outputs, feed-forward, keys and values
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert (24 in layers) == (pooling != "last")  # the head's blocks
+
+
+def test_the_dense_baseline(bert: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    dense = Dense(bert, "cpu")
+    monkeypatch.setattr(products, "pays", lambda: False)
+    wanted = dense.encode(SENTENCES)
+    seen = request.getfixturevalue("forced")
+    assert dense.encode(SENTENCES) == pytest.approx(wanted, abs=1e-5)
+    assert seen
+
+
+def test_first_of_equal_maxima(forced: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    row, other = torch.randn(2, 8)
+    rows = torch.stack([other * 0, row, row, other * 0, row])
+    with torch.no_grad():
+        values, argmax = reduce_max(rows, row[None] * torch.ones(3, 1), None, [5], training=True)
+    assert argmax.tolist() == [[1, 1, 1]]
+    assert values.numpy() == pytest.approx(np.full((1, 3), float(row.double() @ row.double())), rel=1e-6)
+    assert forced
