@@ -82,9 +82,9 @@ def program(*command: str | Path) -> None:
 def train(options: argparse.Namespace) -> dict[str, Path]:
     """The models by name: the quick start's, and those that are trained here."""
     work, quick = options.work, options.quickstart
-    base = read_json(quick / "model" / "recipe.json")["base"]
+    facts = read_json(quick / "model" / "lens.json")
+    base, k = facts["base"], facts["dimensions"]
     models = {MODEL: quick / "model"}
-    k = read_json(quick / "model" / "lens.json")["dimensions"]
     wanted = {f"{size:,} clusters": (size, "max") for size in CLUSTERS if size != k}
     wanted |= {f"{pooling} pooling": (k, pooling) for pooling in POOLINGS}
     for name, (size, pooling) in wanted.items():
@@ -110,19 +110,22 @@ def analyse(options: argparse.Namespace) -> None:
     pooled = [f"{name}={models[name]}" for name in models if "pooling" in name]
     others = [f"{name}={options.decoder / slug(name, 0)}" for name in VARIANTS] if options.decoder else []
     fused = ("--baselines", "bm25", "dense", "--hybrids", f"{MODEL}+dense", f"{MODEL}+bm25", "--dev", *ranked)
-    run = "run" in options.only or (options.work / "run" / "results").is_dir()
-    known = ("--results", options.work / "run") if run else ()
+    kept = ("--embeddings", options.work / "embeddings")
+    side_by_side = ("eval/analyse.py", "variants", *whole)
+    read = ("--results", options.work / "models")
     commands: dict[str, tuple[Any, ...]] = {
-        "run": ("eval/run.py", *whole, *local, *fused),
-        "pruning": ("eval/analyse.py", "pruning", *whole, *local, *PRUNED),
-        "hybrid": ("eval/analyse.py", "hybrid", *whole, *local, "--dev", *dev),
-        "clusters": ("eval/analyse.py", "variants", *whole, *sizes, *local, "--axis", "dimensions", *known),
-        "pooling": ("eval/analyse.py", "variants", *whole, *pooled, *local, "--axis", "none", *known),
+        "run": ("eval/run.py", *whole, *local, *fused, *kept),
+        "pruning": ("eval/analyse.py", "pruning", *whole, *local, *PRUNED, *kept),
+        "hybrid": ("eval/analyse.py", "hybrid", *whole, *local, "--dev", *dev, *kept),
+        "models": (*side_by_side, *sizes, *pooled, *local, "--axis", "none", *kept),
+        "clusters": (*side_by_side, *sizes, *local, "--axis", "dimensions", *read),
+        "pooling": (*side_by_side, *pooled, *local, "--axis", "none", *read),
     }
     if others:
         commands["attention"] = ("eval/analyse.py", "variants", "--model", *others, *local, "--axis", "none")
+    only = {*options.only, *(["models"] if {"clusters", "pooling"} & {*options.only} else [])}
     for name, command in commands.items():
-        if name in options.only:
+        if name in only:
             program(*command, "--device", "cpu", "--output", options.work / name)
 
 

@@ -285,7 +285,10 @@ def _facts(tasks: Sequence[Any]) -> dict[str, dict[str, str]]:
 
 
 def scored(
-    points: Mapping[str, Point], tasks: Sequence[Any], options: argparse.Namespace, stores: Sequence[Store | SharedLayers]
+    points: Mapping[str, Point],
+    tasks: Sequence[Any],
+    options: argparse.Namespace,
+    stores: Sequence[Store | SharedLayers],
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Main scores, point -> task -> score, and what failed; task after task, so that one's embeddings are held."""
     cache = WholeCache(results_of(options))

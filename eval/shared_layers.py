@@ -106,8 +106,8 @@ class SharedLayers:
 
 def shared_count(backbones: Sequence[nn.Module]) -> int:
     """How many layers, from the first on, are the same in all `backbones`; at least one is left to each."""
-    first, *others = backbones
-    if not others or any(bare_model(backbone) is not backbone for backbone in backbones):  # PEFT's layers go deeper
+    bare = all(bare_model(backbone) is backbone for backbone in backbones)  # PEFT's layers go deeper
+    if len(backbones) < 2 or not bare:
         return 0
     for backbone in backbones:
         packing_limit(backbone)  # which may switch the attention

@@ -1,0 +1,163 @@
+"""Embeddings kept in a folder, against embeddings computed anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SENTENCES
+from mteb.types import PromptType
+from scipy import sparse
+from test_analyse import analyse, counted, data, model, plain, points  # noqa: F401
+from test_variants import DOCUMENT, QUERY, WIDTH, Made, task
+
+import lens
+from eval.embeddings import KeptEmbeddings
+from eval.encoder import LensEncoder
+from eval.meta import artifact_meta
+
+
+def dense_rows(found: Any) -> np.ndarray:
+    return found.toarray() if sparse.issparse(found) else found
+
+
+@pytest.mark.parametrize("density", [0.1, 0.9])
+@pytest.mark.parametrize("output", ["csr", "numpy"])
+def test_what_was_computed_is_read_again(density: float, output: str, tmp_path: Path) -> None:
+    calls = [
+        (["a", "b"], DOCUMENT, 2),
+        (["c", "b", "d", "a"], DOCUMENT, 2),
+        (["a", "e"], QUERY, 2),  # another side is another embedding
+        (["d", "c"], DOCUMENT, 0),
+        ([], DOCUMENT, 0),
+        (["\ud800", ""], DOCUMENT, 2),  # not even UTF-8
+    ]
+    for round_number in range(2):
+        made = Made(density)
+        made.one = lambda text, side: Made.one(Made(density), ascii(text), side)  # type: ignore[method-assign]
+        made.keep(tmp_path)
+        for texts, side, new in calls:
+            found, fresh = made.known(texts, task(), side, output)
+            assert sparse.issparse(found) == (output == "csr")
+            assert dense_rows(found).dtype == np.float32
+            assert np.array_equal(
+                dense_rows(found), np.stack([made.one(text, side) for text in texts]) if texts else np.zeros((0, WIDTH))
+            )
+            assert fresh == (0 if round_number else new)
+        assert bool(made.calls) == (round_number == 0)
+
+
+def test_processes_may_share_a_folder(tmp_path: Path) -> None:
+    one, other = Made().keep(tmp_path), Made().keep(tmp_path)
+    one.known(["a"], task(), DOCUMENT, "csr")
+    other.known(["a", "b"], task(), DOCUMENT, "csr")
+    other.known(["a"], task(), DOCUMENT, "csr")
+    assert [text for _, text in other.calls] == ["b"]  # it looks when it first asks
+    one.known(["b", "a"], task(), DOCUMENT, "csr")
+    assert [text for _, text in one.calls] == ["a", "b"]
+    assert np.array_equal(
+        Made().keep(tmp_path).known(["b", "a"], task(), DOCUMENT, "numpy")[0],
+        np.stack([one.one(text, DOCUMENT) for text in "ba"]),
+    )
+
+
+def test_a_value_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    kept = KeptEmbeddings(tmp_path, "model")
+    bad = np.array([[1, np.nan]], dtype=np.float32)
+    for _ in range(2):
+        found, fresh = kept.vectors(["a"], None, "numpy", lambda texts: bad)
+        assert fresh == 1
+        assert np.isnan(found).any()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text"])
+def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
+    Made().keep(tmp_path).known(["a", "b"], task(), DOCUMENT, "csr")
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-5] if damage == "cut" else b"nothing")
+    with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it"):
+        Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")
+    path.unlink()
+    assert Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")[1] == 1
+
+
+def test_what_decides_an_embedding_keeps_it_apart(model: Path, tmp_path: Path) -> None:  # noqa: F811
+    loaded = lens.load(model, device="cpu")
+    half = lens.load(model, device="cpu", dtype="bfloat16")
+    meta = artifact_meta(loaded, model)
+    retrieval, sts = task("NFCorpus"), task("STS12", "STS")
+    for number, (one, options, where, side) in enumerate(
+        [
+            (loaded, {}, retrieval, DOCUMENT),
+            (loaded, {}, retrieval, QUERY),
+            (half, {}, retrieval, DOCUMENT),
+            (loaded, {"compat": "official"}, retrieval, DOCUMENT),
+        ]
+    ):
+        named = meta.model_copy(update={"experiment_kwargs": options or None})
+        encoder = LensEncoder(one, named).keep(tmp_path)
+        for again in range(2):
+            assert encoder.known(SENTENCES[:2], where, side, "numpy")[1] == (0 if again else 2), number
+    encoder = LensEncoder(loaded, meta.model_copy(update={"name": "local/renamed"})).keep(tmp_path)
+    assert encoder.known(SENTENCES[:2], sts, PromptType.query, "numpy")[1] == 0  # a document of the same model
+    assert len(list(tmp_path.rglob("model.json"))) == 3
+
+
+def test_instructions_keep_embeddings_apart(mistral: Path, mistral_clusters: Path, tmp_path: Path) -> None:
+    built = lens.LENS.build(mistral, mistral_clusters, device="cpu")
+    built.save(tmp_path / "model")
+    encoder = LensEncoder(built, artifact_meta(built, tmp_path / "model")).keep(tmp_path / "kept")
+    first, second = task("NFCorpus"), task("SciFact")
+    for where, side, new in ((first, QUERY, 1), (second, QUERY, 1), (first, DOCUMENT, 1), (second, DOCUMENT, 0)):
+        found, fresh = encoder.known(SENTENCES[:1], where, side, "numpy")
+        assert fresh == new
+        assert np.allclose(found, encoder.vectors(SENTENCES[:1], where, side, "numpy"), atol=1e-6)
+
+
+def test_runs_and_analyses_share_them(
+    model: Path,  # noqa: F811
+    data: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    local = ["--local", data["beir"], data["sts"], data["labels"]]
+    run = [*local, "--baselines", "dense", "--explain", "0"]
+    wanted = plain(model, tmp_path / "plain", *run)
+    kept = ["--embeddings", str(tmp_path / "kept")]
+    assert plain(model, tmp_path / "first", *run, *kept) == wanted
+    embedded = counted(monkeypatch)
+    assert plain(model, tmp_path / "second", *run, *kept) == wanted
+    assert not embedded
+    costs = json.loads((tmp_path / "second" / "costs.json").read_text())
+    assert "texts" not in costs["tiny"]["beir"]  # none was computed, so none had a speed
+    assert costs["tiny"]["beir"]["active"] > 0
+    assert json.loads((tmp_path / "first" / "costs.json").read_text())["tiny"]["beir"]["texts"] > 0
+    assert analyse("pruning", tmp_path / "pruned", *local, "--model", model, "--top-n", 3, "--drop", 0.5, *kept) == 0
+    assert analyse("hybrid", tmp_path / "joined", *local, "--model", model, *kept) == 0
+    assert not embedded
+    joined = points(tmp_path / "joined")
+    for name, point in (("tiny", "LENS"), ("dense", "dense")):
+        assert joined[point]["scores"] == pytest.approx(wanted[name], abs=1e-6)
+
+
+def test_a_folder_that_cannot_be_written(model: Path, data: dict[str, str], tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+    (tmp_path / "file").write_text("")
+    given = ["--model", model, "--local", data["sts"], "--embeddings", tmp_path / "file"]
+    assert analyse("pruning", tmp_path / "out", *given) == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_torch_is_not_needed_to_read(tmp_path: Path) -> None:
+    """What is kept is plain safetensors: texts by hash, values."""
+    from safetensors.torch import load_file
+
+    Made(0.9).keep(tmp_path).known(["a", "b"], task(), DOCUMENT, "numpy")
+    (path,) = tmp_path.rglob("*.safetensors")
+    held = load_file(path)
+    assert held["texts"].shape == (2, 16)
+    assert torch.equal(held["values"], torch.from_numpy(np.stack([Made(0.9).one(t, DOCUMENT) for t in "ab"])))
