@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lens import bag, int8, pipeline, products
+from lens import bag, int8, pipeline
 from lens.attention import compile_layers
 from lens.compat import is_released, load_released
 from lens.devices import Device, Devices, resolve_device, resolve_devices, resolve_dtype
@@ -66,7 +66,6 @@ class LENS:
         self.packed, self.compiled = packed, compile
         self.device = resolve_device(device if several is None else "cpu")  # type: ignore[arg-type]
         self.model = model.to(self.device).eval()
-        products.speed_up(self.model)
         self.tokenizer = tokenizer
         self.text = TextProcessor(tokenizer, model.config)
         self.config = model.config

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lens
+from lens import products
 from lens.backbone import (
     architecture_of,
     check_base,
@@ -93,6 +94,8 @@ class LensModel(nn.Module):
         frozen backbone gave before. `bag_ids` (T,) with `bag_offsets` (B+1,) are queries as bags of tokens, for which
         the backbone does nothing. Raises ValueError where a part is missing.
         """
+        if not torch.is_grad_enabled():
+            products.speed_up(self)  # here, because layers may have come since the model was made: LoRA's
         if bag_ids is not None and bag_offsets is not None:
             return self.head.bag(bag_ids, bag_offsets)
         if hidden is None:

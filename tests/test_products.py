@@ -103,9 +103,13 @@ def test_for_which_processors(
     assert not products.pays.__wrapped__()
 
 
-def test_layers_stay_what_they_are() -> None:
+def test_layers_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "pays", lambda: False)
     module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 2)))
     before = copy.deepcopy(module.state_dict())
+    products.speed_up(module)
+    assert not any(type(part) is products.Linear for part in module.modules())
+    monkeypatch.setattr(products, "pays", lambda: True)
     products.speed_up(module)
     assert [type(part) for part in module.modules() if isinstance(part, nn.Linear)] == [products.Linear] * 2
     after = pickle.loads(pickle.dumps(copy.deepcopy(module))).state_dict()
@@ -135,11 +139,10 @@ def test_embeddings(
 
 
 def test_the_dense_baseline(bert: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    dense = Dense(bert, "cpu")
     monkeypatch.setattr(products, "pays", lambda: False)
-    wanted = dense.encode(SENTENCES)
+    wanted = Dense(bert, "cpu").encode(SENTENCES)
     seen = request.getfixturevalue("forced")
-    assert dense.encode(SENTENCES) == pytest.approx(wanted, abs=1e-5)
+    assert Dense(bert, "cpu").encode(SENTENCES) == pytest.approx(wanted, abs=1e-5)
     assert seen
 
 
