@@ -17,7 +17,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import arguments
 from benchmarks.decoder import VARIANTS, slug
 from benchmarks.page import PAGE, RESULTS, ROOT, listed, machine, p_value, versions, write_section
+from eval.findings import mean_difference
 from eval.tasks import DEV, local_task
+from eval.usefulness import ORDERS
 from lens.files import read_json, write_json
 
 OUTPUT = RESULTS / "analyses.json"
@@ -34,6 +38,7 @@ RECIPE = "train/recipes/lens-mini.yaml"
 CLUSTERS = (500, 1000, 2000, 8000)
 POOLINGS = ("sum", "last")
 MODEL = "LENS"
+WHOLE = "unpruned"
 KINDS = ("reranking", "summarization")
 """Second kinds in which a folder is a task too, where it has enough for that."""
 LEAST = 200
@@ -150,11 +155,78 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             {**point, "scores": {task: round(score, 5) for task, score in point["scores"].items()}}
             for point in held["points"]
         ]
-        kept = ("sentences", "tasks", "notes")
+        kept = [key for key in ("sentences", "tasks", "notes", "weight") if key in held]
         content["analyses"][name] = {**{key: held[key] for key in kept}, "points": points}
         if (place / "plot.svg").is_file():
             shutil.copyfile(place / "plot.svg", PLOTS / f"analysis-{name}.svg")
     return content
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper: in an analysis `point` is better than `other`, or, with `harmless`, loses no more than
+    a point. `paper` is what it found; `kind` narrows the tasks to a type."""
+
+    text: str
+    paper: str
+    analysis: str
+    point: str
+    other: str
+    kind: str | None = None
+    harmless: bool = False
+
+
+def claims(analyses: Mapping[str, Any]) -> list[Claim]:
+    """What can be held against these analyses; figures are of MTEB(eng, v1), the ablation's of 7 of its tasks."""
+    found = [
+        Claim("LENS is better than the dense embedding of its backbone", "71.62 : 71.24", "hybrid", MODEL, "dense"),
+        Claim("8,000 clusters are better than 4,000", "71.62 : 71.22", "clusters", "8,000 clusters", MODEL),
+        Claim(
+            "Half the dimensions may go, by mean square", "yes", "pruning", f"drop 50%, {ORDERS[0]}", WHOLE, None, True
+        ),
+        Claim("Half the dimensions may go, by variance", "yes", "pruning", f"drop 50%, {ORDERS[1]}", WHOLE, None, True),
+        Claim("Maximum pooling is better than sum pooling", "69.07 : 68.38", "pooling", MODEL, "sum pooling"),
+        Claim("Maximum pooling is better than the last position", "69.07 : 68.15", "pooling", MODEL, "last pooling"),
+    ]
+    if "hybrid" in analyses:
+        joined = next(p["name"] for p in analyses["hybrid"]["points"] if p["weight"] == analyses["hybrid"]["weight"])
+        for member in (MODEL, "dense"):
+            text = f"LENS + dense is better than {member} in retrieval"
+            found.append(Claim(text, "yes (BEIR)", "hybrid", joined, member, "Retrieval"))
+    ablation = {"max": ("69.07", "64.15"), "sum": ("68.38", "62.48"), "last": ("68.15", "67.73")}
+    for pooling, scores in ablation.items():
+        text = f"Bidirectional attention is better than causal, {pooling} pooling"
+        pair = f"bidirectional {pooling}", f"causal {pooling}"
+        found.append(Claim(text, " : ".join(scores), "attention", *pair))
+    for pooling in ("sum", "last"):
+        text = f"Maximum pooling is better than {pooling} pooling, bidirectional"
+        pair = "bidirectional max", f"bidirectional {pooling}"
+        found.append(Claim(text, f"{ablation['max'][0]} : {ablation[pooling][0]}", "attention", *pair))
+    return [claim for claim in found if claim.analysis in analyses]
+
+
+def verdicts(analyses: Mapping[str, Any]) -> list[str]:
+    """A table of the paper's statements and whether they held here."""
+    lines = [
+        "| the paper's statement | there | here | tasks | Δ | 95% interval | p | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for claim in claims(analyses):
+        held = analyses[claim.analysis]
+        scores = {point["name"]: point["scores"] for point in held["points"]}
+        tasks = [name for name, facts in held["tasks"].items() if claim.kind in (None, facts["type"])]
+        one, other = ([scores[point][task] for task in tasks] for point in (claim.point, claim.other))
+        found = mean_difference(one, other)
+        p = found.p_loss if claim.harmless else found.p
+        if claim.harmless:
+            verdict = "held" if found.harmless else "not shown"
+        else:
+            verdict = "undecided" if not found.told else "held" if found.mean > 0 else "reversed"
+        cells = [f"{fmean(one) * 100:.2f} : {fmean(other) * 100:.2f}", str(len(tasks)), *difference(asdict(found))]
+        lines.append(
+            f"| {claim.text} | {claim.paper} | {' | '.join(cells)} | {'–' if p is None else p_value(p)} | {verdict} |"
+        )
+    return lines
 
 
 def section(content: Mapping[str, Any]) -> list[str]:
@@ -169,6 +241,15 @@ def section(content: Mapping[str, Any]) -> list[str]:
         "the other models share its recipe, examples and steps. Tasks are all folders of `--data` that are one; scores "
         "are their main measures times 100, and a mean gives every task the same weight. Intervals of the analyses are "
         "over tasks, those of the systems over queries, pairs, texts and draws of these tasks.",
+        "",
+        "### What held of the paper",
+        "",
+        "Mean scores over the tasks of an analysis, of the paper's models and of these. Held or reversed: the "
+        "randomisation test over tasks tells the difference from chance (p < .05, two-sided); for pruning, a loss of "
+        "more than a point is excluded (p < .05, one-sided). Not corrected for the number of statements. The decoder "
+        "is another model, tiny and trained from scratch (below).",
+        "",
+        *verdicts(content["analyses"]),
     ]
     for name, held in content["analyses"].items():
         lines += ["", f"### {TITLES[name]}", ""]

@@ -91,6 +91,8 @@ def test_all_analyses_and_the_page(
         assert f" {100 * point['means']['all']:.2f} |" in text
     assert f"| LENS | {100 * summary['systems']['LENS']['means']['Retrieval']:.2f} |" in text
     assert results["sentences"][0] in text
+    assert "| Half the dimensions may go, by variance | yes | " in text
+    assert "Bidirectional" not in text  # no decoder was given
     assert "![Mean score](plots/analysis-pruning.svg)" in text
     assert "LENS+bm25 rsf" in text
     page.unlink()
@@ -98,6 +100,41 @@ def test_all_analyses_and_the_page(
     analyses.main(["--page"])
     assert page.read_text() == text
     assert len(trained) == count
+
+
+def test_what_held() -> None:
+    """Every task alike, every second one the other way, a loss of half a point, on eight tasks."""
+
+    def analysis(*points: tuple[str, list[float]], **more: object) -> dict[str, object]:
+        tasks = {f"t{i}": {"type": "Retrieval" if i < 6 else "STS"} for i in range(8)}
+        named = [{"name": name, "scores": dict(zip(tasks, values, strict=True))} for name, values in points]
+        return {"tasks": tasks, "points": named, **more}
+
+    steady = [0.5 + i / 100 for i in range(8)]
+    better, torn = [value + 0.02 for value in steady], [value + 0.02 * (-1) ** i for i, value in enumerate(steady)]
+    less, worse = [value - 0.005 for value in steady], [value - 0.05 for value in steady]
+    hybrid = analysis(("dense", steady), ("LENS 0.5 + dense", better), ("LENS", torn), weight=0.5)
+    for point, weight in zip(hybrid["points"], (0, 0.5, 1), strict=True):
+        point["weight"] = weight
+    analyses_made = {
+        "hybrid": hybrid,
+        "pooling": analysis(("LENS", steady), ("sum pooling", worse), ("last pooling", better)),
+        "pruning": analysis(("unpruned", steady), ("drop 50%, mean square", less), ("drop 50%, variance", worse)),
+    }
+    rows = {row.split(" | ")[0].strip("| "): row for row in analyses.verdicts(analyses_made)[2:]}
+    wanted = {
+        "LENS is better than the dense embedding of its backbone": ("undecided", "8", "+0.00"),
+        "Half the dimensions may go, by mean square": ("held", "8", "-0.50"),
+        "Half the dimensions may go, by variance": ("not shown", "8", "-5.00"),
+        "Maximum pooling is better than sum pooling": ("held", "8", "+5.00"),
+        "Maximum pooling is better than the last position": ("reversed", "8", "-2.00"),
+        "LENS + dense is better than LENS in retrieval": ("undecided", "6", "+2.00"),
+        "LENS + dense is better than dense in retrieval": ("held", "6", "+2.00"),
+    }
+    assert rows.keys() == wanted.keys()
+    for text, (verdict, tasks, shown) in wanted.items():
+        cells = [cell.strip() for cell in rows[text].strip("|").split("|")]
+        assert (cells[-1], cells[3], cells[4]) == (verdict, tasks, shown), text
 
 
 def test_a_run_with_failures_is_not_shown(tmp_path: Path) -> None:
