@@ -59,7 +59,7 @@ LABELLED = (
     (lens.dropped, "draw", "where: dropout"),
     (lens.dropped.Dropout, "forward", "where: dropout"),
 )
-PRODUCTS = {"mm", "addmm", "matmul", "linear", "addmm_", "qlinear_pointwise", "_embedding_bag"}
+PRODUCTS = {"mm", "addmm", "matmul", "linear", "addmm_", "_linear_pointwise", "qlinear_pointwise", "_embedding_bag"}
 ATTENDING = ("scaled_dot_product", "scaleddotproduct", "attn", "attention")
 WITHIN_ATTENTION = {"bmm", "baddbmm", "_softmax", "_softmax_backward_data", "_safe_softmax"}
 VIEWS = {"view", "_unsafe_view", "reshape", "slice", "select", "as_strided", "t", "transpose", "permute", "expand"}

@@ -190,12 +190,18 @@ def run_variants(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dic
             (options.results or options.output) / "systems.json", {name: point.system for name, point in points.items()}
         )
         encoders = [point.system for point in points.values()]
-        shared = SharedLayers([encoder.model.model.backbone for encoder in encoders], options.memory_mb * 1_000_000)
-        if shared.layers:
-            notes.append(f"The models have {shared.layers} layers in common, computed once for all of them.")
-            for encoder in encoders:  # so that all of them meet the same batches
-                encoder.chunk = min(other.chunk for other in encoders)
-        scores, failures = scored(points, tasks, options, [shared])
+        common = SharedLayers([encoder.model.model.backbone for encoder in encoders], options.memory_mb * 1_000_000)
+        if common.layers:
+            chunk = min(encoder.chunk for encoder in encoders)  # so that all of them meet the same batches
+            for encoder in encoders:
+                encoder.chunk = chunk
+        scores, failures = scored(points, tasks, options, [common])
+        if common.batches:
+            notes.append(
+                f"The models have {common.layers} layers in common: of {common.batches:,} batches, {common.hits:,} "
+                "took their states from another model's."
+            )
+        common.close()
     finally:
         for point in points.values():
             point.system.model.close()

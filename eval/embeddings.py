@@ -6,6 +6,7 @@
 
 A text is known by a hash, together with all else that decides its embedding: model, revision, options, dtype (MODEL),
 query or document, instruction (MANNER). Files are written whole and never changed, so that processes may share FOLDER.
+A change of ours that changes embeddings raises FORMAT; other versions of torch and transformers begin anew too.
 
 Legend: N texts, K dimensions.
 """
@@ -16,6 +17,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ Matrix = Any
 """Embeddings (N, K): a scipy CSR matrix or a numpy array."""
 DIGEST = 16
 """Bytes of a text's hash."""
+FORMAT = 1
+"""Embeddings that were kept under another number are not taken."""
 
 
 class KeptEmbeddings:
@@ -41,7 +45,8 @@ class KeptEmbeddings:
     """
 
     def __init__(self, folder: Path, facts: Any) -> None:
-        content = json.loads(json.dumps(facts, default=str))
+        made_by = {name: version(name) for name in ("lens-embeddings", "torch", "transformers")}
+        content = json.loads(json.dumps([facts, FORMAT, made_by], default=str))
         self.folder = folder / _digest(json.dumps(content, sort_keys=True)).hex()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "model.json", {"model": content})
@@ -53,36 +58,39 @@ class KeptEmbeddings:
         """The embeddings (N, K) of distinct texts as `output` ("numpy", "csr"), and how many of them `embed` computed,
         which then are kept, unless one is not finite.
 
-        Raises ValueError naming a file that is damaged, OSError where the disk is full, and what `embed` raises.
+        Raises ValueError naming a file that cannot be read, OSError where the disk is full, and what `embed` raises.
         """
         place = self.folder / _digest(json.dumps(manner)).hex()
         known = self._known.setdefault(place, {})
         if not known:
-            for path in sorted(place.glob("*.safetensors")):
+            for path in sorted(place.glob("[!.]*.safetensors")):  # those with a dot are being written
                 known |= {bytes(row): (path, number) for number, row in enumerate(_read(path, "texts")["texts"])}
         names = [_digest(text) for text in texts]
         new = [number for number, name in enumerate(names) if name not in known]
-        if len(new) == len(texts):
-            fresh = embed(texts)
-            self._keep(place, known, names, fresh)
-            return fresh, len(new)
         files: dict[Path, list[int]] = {}  # places in `texts` by file
         for number, name in enumerate(names):
             if name in known:
                 files.setdefault(known[name][0], []).append(number)
         parts, order = [], []
         for path, numbers in files.items():
-            parts.append(_as(_matrix(path)[[known[names[number]][1] for number in numbers]], output))
+            try:
+                matrix = _matrix(path)
+            except FileNotFoundError:  # somebody made room
+                new += numbers
+                continue
+            parts.append(_as(matrix[[known[names[number]][1] for number in numbers]], output))
             order += numbers
+        if not parts:
+            fresh = embed(texts)
+            self._keep(place, known, names, fresh)
+            return fresh, len(texts)
         if new:
             fresh = embed([texts[number] for number in new])
             self._keep(place, known, [names[number] for number in new], fresh)
             parts.append(fresh)
             order += new
-        back = np.empty(len(order), dtype=np.int64)
-        back[order] = np.arange(len(order))
         stacked = sparse.vstack(parts, format="csr") if output == "csr" else np.concatenate(parts)
-        return stacked[back], len(new)
+        return stacked[np.argsort(order)], len(new)
 
     def _keep(self, place: Path, known: dict[bytes, tuple[Path, int]], names: Sequence[bytes], vectors: Matrix) -> None:
         values = vectors.data if sparse.issparse(vectors) else vectors
@@ -97,7 +105,10 @@ class KeptEmbeddings:
         else:
             tensors["values"] = to_dense(vectors)
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary)
+            try:
+                save_file(tensors, temporary)
+            except SafetensorError as error:  # so it calls a full disk
+                raise OSError(f"cannot write {path}: {error}") from error
         known |= {name: (path, number) for number, name in enumerate(names)}
 
 
@@ -109,14 +120,17 @@ def _read(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and its texts are embedded again") from error
 
 
 def _matrix(path: Path) -> Matrix:
-    held = _read(path)
-    if "indptr" not in held:
+    held = _read(path, "texts", "values")
+    if held["values"].ndim == 2:
         return held["values"]
+    held |= _read(path, "indices", "indptr", "width")
     shape = (len(held["texts"]), int(held["width"][0]))
     return sparse.csr_matrix((held["values"], held["indices"], held["indptr"]), shape=shape)
 

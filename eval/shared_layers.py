@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lens.backbone import bare_model
+from lens.int8 import is_int8
 from lens.packed import packing_limit
 
 LOCAL = ("_name_or_path", "_attn_implementation", "transformers_version", "dtype")
@@ -25,15 +26,16 @@ LOCAL = ("_name_or_path", "_attn_implementation", "transformers_version", "dtype
 
 
 class SharedLayers:
-    """Has `backbones` share the states below their last layers, of which `limit` bytes are held until `forget`.
+    """Has `backbones` share the states below their last layers, of which `limit` bytes are held until `forget`, on
+    their device.
 
     `layers` is how many they share: 0 where weights or configurations differ from the first layer on, or where models
-    hand on more than states.
+    hand on more than states. Of `batches` so far `hits` took their states from another.
     """
 
     def __init__(self, backbones: Sequence[nn.Module], limit: int) -> None:
         self.limit = limit
-        self.hits = 0
+        self.hits = self.batches = 0
         self._held: dict[bytes, Tensor] = {}
         self._size = 0
         self._key: bytes | None = None
@@ -44,11 +46,13 @@ class SharedLayers:
             self.close()
             self.layers = 0
         self.forget()
+        self.hits = self.batches = 0
 
     def forget(self) -> None:
         """Lets go of all states."""
         self._held.clear()
-        self._size = self.hits = 0
+        self._size = 0
+        self._key = self._found = None
 
     def close(self) -> None:
         """Leaves the backbones as they were."""
@@ -74,8 +78,10 @@ class SharedLayers:
             else:
                 found.update(f"{name} {value!r}".encode())
         self._key = found.digest()
-        self._found = self._held.get(self._key)
-        self.hits += self._found is not None
+        held = self._held.get(self._key)
+        self._found = None if held is None else held.clone()  # the layers above may work in place
+        self.batches += 1
+        self.hits += held is not None
 
     def _handed_on(self, forward: Any, last: bool) -> Any:
         def hand_on(*args: Any, **options: Any) -> Any:
@@ -107,7 +113,7 @@ class SharedLayers:
 def shared_count(backbones: Sequence[nn.Module]) -> int:
     """How many layers, from the first on, are the same in all `backbones`; at least one is left to each."""
     bare = all(bare_model(backbone) is backbone for backbone in backbones)  # PEFT's layers go deeper
-    if len(backbones) < 2 or not bare:
+    if len(backbones) < 2 or not bare or any(is_int8(backbone) for backbone in backbones):  # not in a state_dict
         return 0
     for backbone in backbones:
         packing_limit(backbone)  # which may switch the attention

@@ -118,14 +118,14 @@ class Packed(Protocol):
 
 
 class _Logits:
-    """Blocks of rows @ weight.T, each written over the one before where torch's own product makes them."""
+    """Blocks of rows @ weight.T, by torch each written over the one before (see lens/products.py)."""
 
     def __init__(self, rows: Tensor, weight: Tensor) -> None:
         self.rows, self.weight = rows, weight
         self.height, self.width = block_size(rows.device)
-        self.own = rows.device.type == "cpu" and rows.dtype == torch.float32 and products.pays()
+        self.onednn = products.fits(rows, weight)
         size = min(self.height, max(len(rows), 1)) * min(self.width, max(len(weight), 1))
-        self.memory = rows.new_empty(0 if self.own else size)
+        self.memory = rows.new_empty(0 if self.onednn else size)
 
     def columns(self) -> Iterator[slice]:
         for start in range(0, len(self.weight), self.width):
@@ -133,7 +133,7 @@ class _Logits:
 
     def __call__(self, part: slice, columns: slice) -> Tensor:
         weight = self.weight[columns]
-        if self.own:
+        if self.onednn:
             return products.linear(self.rows[part], weight)
         height = part.stop - part.start
         out = self.memory[: height * len(weight)].view(height, len(weight))

@@ -1,8 +1,8 @@
 """Matrix products in float32 on CPUs for which torch's usual library, MKL, has no fast kernels.
 
 On AMD processors with AVX-512, MKL's float32 product reaches half of what oneDNN's does, which torch ships as well
-(benchmarks/products.py). There linear layers and the head multiply by oneDNN's kernel, forward and without gradients;
-everywhere else, and where a gradient is wanted, they are torch's own.
+(benchmarks/products.py). There linear layers multiply by oneDNN's kernel where no gradient is wanted, and the head's
+blocks always; everywhere else products are torch's own.
 """
 
 from __future__ import annotations
@@ -34,22 +34,24 @@ def pays() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I), weight (O, I) and bias (O,) -> x W^T + b (..., O), by the faster kernel."""
-    if not _fits(x, weight):
+    if not fits(x, weight, bias):
         return F.linear(x, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN's kernel can take these, with no gradient, and pays."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: what follows cannot be compiled
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > x.shape[-1]  # a single row is no product of matrices
         and not torch.is_grad_enabled()
         and pays()
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and (bias is None or (bias.is_contiguous() and bias.dtype == weight.dtype and len(bias) == len(weight)))
     )
 
 

@@ -64,6 +64,8 @@ def test_flops_of_an_encoder_are_those_that_torch_counts() -> None:
     [
         ("aten::addmm", ["aten::linear", where.WHOLE], where.LINEAR),
         ("onednn::qlinear_pointwise", [where.WHOLE], where.LINEAR),
+        ("mkldnn::_linear_pointwise", [where.WHOLE], where.LINEAR),
+        ("mkldnn::_linear_pointwise", [where.POOLED, where.WHOLE], where.HEAD),
         ("aten::mm", ["AddmmBackward0", "autograd::engine::evaluate_function: AddmmBackward0"], where.LINEAR),
         ("aten::mm", ["_MaxLogits", where.POOLED, where.WHOLE], where.HEAD),
         ("onednn::qlinear_pointwise", [where.POOLED, where.WHOLE], where.HEAD),
@@ -145,7 +147,7 @@ def test_labels_name_what_is_called_and_go_again() -> None:
     assert [getattr(owner, name) for owner, name, _ in where.LABELLED] == before
     names = [event.name for event in found.events()]
     assert names.count(where.POOLED) == 1
-    product = next(event for event in found.events() if event.name == "aten::mm")
+    product = next(event for event in found.events() if event.name in ("aten::mm", "mkldnn::_linear_pointwise"))
     callers = []
     while product.cpu_parent is not None:
         product = product.cpu_parent

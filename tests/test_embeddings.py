@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import SENTENCES
 from mteb.types import PromptType
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from scipy import sparse
 from test_analyse import analyse, counted, data, model, plain, points  # noqa: F401
 from test_variants import DOCUMENT, QUERY, WIDTH, Made, task
 
 import lens
+from eval import embeddings
 from eval.embeddings import KeptEmbeddings
 from eval.encoder import LensEncoder
 from eval.meta import artifact_meta
@@ -63,6 +66,60 @@ def test_processes_may_share_a_folder(tmp_path: Path) -> None:
         Made().keep(tmp_path).known(["b", "a"], task(), DOCUMENT, "numpy")[0],
         np.stack([one.one(text, DOCUMENT) for text in "ba"]),
     )
+
+
+def test_what_is_being_written_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process, or by one that was killed."""
+    write = embeddings.save_file
+    seen: list[int] = []
+
+    def looking(tensors: Any, path: Any) -> None:
+        write(tensors, path)
+        if not seen:
+            seen.append(0)
+            seen[0] = Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")[1]
+            shutil.copy(path, path.with_name(f".killed.{path.name}"))
+            path.with_name(".empty.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr(embeddings, "save_file", looking)
+    Made().keep(tmp_path).known(["a", "b"], task(), DOCUMENT, "csr")
+    assert seen == [1]
+    assert Made().keep(tmp_path).known(["b", "a"], task(), DOCUMENT, "csr")[1] == 0
+
+
+def test_files_may_be_deleted(tmp_path: Path) -> None:
+    made = Made().keep(tmp_path)
+    made.known(["a", "b"], task(), DOCUMENT, "csr")
+    made.known(["c"], task(), DOCUMENT, "csr")
+    (path,) = (path for path in tmp_path.rglob("*.safetensors") if len(load_file(path)["texts"]) == 2)
+    path.unlink()
+    for new in (2, 0):
+        found, fresh = made.known(["b", "c", "a"], task(), DOCUMENT, "numpy")
+        assert fresh == new
+        assert np.array_equal(found, np.stack([made.one(text, DOCUMENT) for text in "bca"]))
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    assert made.known(["a", "c"], task(), DOCUMENT, "csr")[1] == 2
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(embeddings, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*safetensors: .*No space left"):
+        Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")
+    assert not [path for path in tmp_path.rglob("*") if "safetensors" in path.name]
+
+
+def test_other_versions_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")
+    monkeypatch.setattr(embeddings, "version", lambda name: "99")
+    assert Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")[1] == 1
+    monkeypatch.undo()
+    assert Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")[1] == 0
+    monkeypatch.setattr(embeddings, "FORMAT", 2)
+    assert Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")[1] == 1
 
 
 def test_a_value_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
@@ -150,14 +207,3 @@ def test_a_folder_that_cannot_be_written(model: Path, data: dict[str, str], tmp_
     given = ["--model", model, "--local", data["sts"], "--embeddings", tmp_path / "file"]
     assert analyse("pruning", tmp_path / "out", *given) == 2
     assert "file" in capsys.readouterr().err
-
-
-def test_torch_is_not_needed_to_read(tmp_path: Path) -> None:
-    """What is kept is plain safetensors: texts by hash, values."""
-    from safetensors.torch import load_file
-
-    Made(0.9).keep(tmp_path).known(["a", "b"], task(), DOCUMENT, "numpy")
-    (path,) = tmp_path.rglob("*.safetensors")
-    held = load_file(path)
-    assert held["texts"].shape == (2, 16)
-    assert torch.equal(held["values"], torch.from_numpy(np.stack([Made(0.9).one(t, DOCUMENT) for t in "ab"])))

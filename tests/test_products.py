@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 import lens
 from lens import products
-from lens.chunked import reduce_max
+from lens.chunked import reduce_max, reduce_sum
 from lens.dense import Dense
 
 AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
@@ -28,15 +29,15 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(products, "pays", lambda: True)
     seen: list[tuple[int, ...]] = []
-    fits = products._fits
+    fits = products.fits
 
-    def watching(x: torch.Tensor, weight: torch.Tensor) -> bool:
-        found = fits(x, weight)
+    def watching(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+        found = fits(x, weight, bias)
         if found:
             seen.append((*x.shape, len(weight)))
         return found
 
-    monkeypatch.setattr(products, "_fits", watching)
+    monkeypatch.setattr(products, "fits", watching)
     return seen
 
 
@@ -86,6 +87,40 @@ def test_where_torch_multiplies(forced: list[tuple[int, ...]]) -> None:
     assert forced == [(4, 8, 3)]
 
 
+def test_a_bias_of_another_form(forced: list[tuple[int, ...]]) -> None:
+    """oneDNN's kernel would read past its end."""
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    for bias in (torch.arange(6.0)[::2], torch.tensor([7.0]).expand(3), torch.tensor([7.0])):
+        with torch.no_grad():
+            assert torch.equal(products.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert not forced
+
+
+def test_compiled_layers_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "pays", lambda: pytest.fail("asked while compiling"))
+    module = nn.Sequential(products.Linear(8, 8), nn.ReLU(), products.Linear(8, 3)).eval()
+    x = torch.randn(5, 8)
+    with torch.inference_mode():
+        found = torch.compile(module, fullgraph=True, backend="eager")(x)
+        wanted = F.linear(torch.relu(F.linear(x, module[0].weight, module[0].bias)), module[2].weight, module[2].bias)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", [reduce_max, reduce_sum])
+def test_the_heads_blocks_leave_autocast_alone(reduce: Any, forced: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    rows, weight = torch.randn(9, 32), torch.randn(5, 32)
+    with torch.no_grad():
+        wanted = reduce(rows, weight, None, [4, 5])
+        assert forced
+        forced.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = reduce(rows, weight, None, [4, 5])
+    assert not forced
+    for one, other in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(wanted), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "capability", "wanted"),
     [(AMD, "AVX512", True), (AMD, "AVX2", False), (INTEL, "AVX512", False), (None, "AVX512", False)],
@@ -112,9 +147,13 @@ def test_layers_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "pays", lambda: True)
     products.speed_up(module)
     assert [type(part) for part in module.modules() if isinstance(part, nn.Linear)] == [products.Linear] * 2
-    after = pickle.loads(pickle.dumps(copy.deepcopy(module))).state_dict()
+    again = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    assert [type(part) for part in again] == [type(part) for part in module]
+    after = again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(again(torch.ones(5, 4)), module(torch.ones(5, 4)))
 
 
 @pytest.mark.parametrize("pooling", ["max", "sum", "last"])
