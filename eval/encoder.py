@@ -358,7 +358,9 @@ class LensEncoder(ChunkedEncoder):
 
     def vectors(self, texts: Sequence[str], task: TaskMetadata, side: PromptType | None, output: str) -> Any:
         kind, instruction = self.manner(task, side)
-        return self.model.encode(texts, kind, instruction, output=output)
+        if kind == "document":
+            return self.model.encode_documents(texts, output=output)
+        return self.model.encode_queries(texts, instruction=instruction, output=output)
 
 
 def _plain(name: str) -> str:
