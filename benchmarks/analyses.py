@@ -44,9 +44,9 @@ KINDS = ("reranking", "summarization")
 LEAST = 200
 """Texts from which on a folder is taken as a task of summarisation: mteb's own has 100 of 16 summaries each."""
 CAVEATS = {
-    "attention": "The six variants of benchmarks/decoder.py, seed 0, on the same pairs, batches and steps; texts are cut "
-    "at 64 tokens. Their pairs hold sentences of SQuAD, of which squad-xquad-en and qnli-dev are made; as all six saw "
-    "them, differences between the six stand."
+    "attention": "The six variants of benchmarks/decoder.py, seed 0, on the same pairs, batches and steps; texts are "
+    "cut at 64 tokens. Their pairs hold sentences of SQuAD, of which squad-xquad-en and qnli-dev are made; as all six "
+    "saw them, differences between the six stand."
 }
 """What is to be known of an analysis beside its notes."""
 TITLES = {
