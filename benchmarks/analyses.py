@@ -191,6 +191,7 @@ def claims(analyses: Mapping[str, Any]) -> list[Claim]:
             "Half the dimensions may go, by mean square", "yes", "pruning", f"drop 50%, {ORDERS[0]}", WHOLE, None, True
         ),
         Claim("Half the dimensions may go, by variance", "yes", "pruning", f"drop 50%, {ORDERS[1]}", WHOLE, None, True),
+        Claim("The same at random, for comparison", "–", "pruning", f"drop 50%, {ORDERS[2]}", WHOLE, None, True),
         Claim("Maximum pooling is better than sum pooling", "69.07 : 68.38", "pooling", MODEL, "sum pooling"),
         Claim("Maximum pooling is better than the last position", "69.07 : 68.15", "pooling", MODEL, "last pooling"),
     ]

@@ -119,13 +119,19 @@ def test_what_held() -> None:
     analyses_made = {
         "hybrid": hybrid,
         "pooling": analysis(("LENS", steady), ("sum pooling", worse), ("last pooling", better)),
-        "pruning": analysis(("unpruned", steady), ("drop 50%, mean square", less), ("drop 50%, variance", worse)),
+        "pruning": analysis(
+            ("unpruned", steady),
+            ("drop 50%, mean square", less),
+            ("drop 50%, variance", worse),
+            ("drop 50%, random", torn),
+        ),
     }
     rows = {row.split(" | ")[0].strip("| "): row for row in analyses.verdicts(analyses_made)[2:]}
     wanted = {
         "LENS is better than the dense embedding of its backbone": ("undecided", "8", "+0.00"),
         "Half the dimensions may go, by mean square": ("held", "8", "-0.50"),
         "Half the dimensions may go, by variance": ("not shown", "8", "-5.00"),
+        "The same at random, for comparison": ("not shown", "8", "+0.00"),
         "Maximum pooling is better than sum pooling": ("held", "8", "+5.00"),
         "Maximum pooling is better than the last position": ("reversed", "8", "-2.00"),
         "LENS + dense is better than LENS in retrieval": ("undecided", "6", "+2.00"),
