@@ -198,8 +198,8 @@ def run_variants(options: argparse.Namespace, tasks: Sequence[Any]) -> tuple[dic
         scores, failures = scored(points, tasks, options, [common])
         if common.batches:
             notes.append(
-                f"The models have {common.layers} layers in common: of {common.batches:,} batches, {common.hits:,} "
-                "took their states from another model's."
+                f"The models have {common.layers} layers in common, whose states were held, up to "
+                f"{options.memory_mb:,} MB a task: of {common.batches:,} batches, {common.hits:,} took them from there."
             )
         common.close()
     finally:

@@ -34,6 +34,8 @@ Matrix = Any
 """Embeddings (N, K): a scipy CSR matrix or a numpy array."""
 DIGEST = 16
 """Bytes of a text's hash."""
+BLOCK = 4096
+"""Texts that are embedded before they are kept: those that `lens.pipeline` sorts by length together."""
 FORMAT = 1
 """Embeddings that were kept under another number are not taken."""
 
@@ -46,11 +48,18 @@ class KeptEmbeddings:
 
     def __init__(self, folder: Path, facts: Any) -> None:
         made_by = {name: version(name) for name in ("lens-embeddings", "torch", "transformers")}
-        content = json.loads(json.dumps([facts, FORMAT, made_by], default=str))
-        self.folder = folder / _digest(json.dumps(content, sort_keys=True)).hex()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "model.json", {"model": content})
-        self._known: dict[Any, dict[bytes, tuple[Path, int]]] = {}
+        self.content = json.loads(json.dumps([facts, FORMAT, made_by], default=str))
+        self.folder = folder / _digest(json.dumps(self.content, sort_keys=True)).hex()
+        self._known: dict[Path, dict[bytes, tuple[Path, int]]] = {}
+        try:
+            self._describe()
+        except OSError as error:
+            raise OSError(f"--embeddings {folder}: {error}; name a folder that can be written") from error
+
+    def _describe(self) -> None:
+        if not (self.folder / "model.json").is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "model.json", {"model": self.content})
 
     def vectors(
         self, texts: Sequence[str], manner: Any, output: str, embed: Callable[[Sequence[str]], Matrix]
@@ -61,10 +70,9 @@ class KeptEmbeddings:
         Raises ValueError naming a file that cannot be read, OSError where the disk is full, and what `embed` raises.
         """
         place = self.folder / _digest(json.dumps(manner)).hex()
-        known = self._known.setdefault(place, {})
+        known = self._known.get(place)
         if not known:
-            for path in sorted(place.glob("[!.]*.safetensors")):  # those with a dot are being written
-                known |= {bytes(row): (path, number) for number, row in enumerate(_read(path, "texts")["texts"])}
+            known = self._known[place] = _index(place)
         names = [_digest(text) for text in texts]
         new = [number for number, name in enumerate(names) if name not in known]
         files: dict[Path, list[int]] = {}  # places in `texts` by file
@@ -80,15 +88,14 @@ class KeptEmbeddings:
                 continue
             parts.append(_as(matrix[[known[names[number]][1] for number in numbers]], output))
             order += numbers
-        if not parts:
-            fresh = embed(texts)
-            self._keep(place, known, names, fresh)
-            return fresh, len(texts)
-        if new:
-            fresh = embed([texts[number] for number in new])
-            self._keep(place, known, [names[number] for number in new], fresh)
+        for start in range(0, len(new), BLOCK):
+            block = new[start : start + BLOCK]
+            fresh = embed([texts[number] for number in block])
+            self._keep(place, known, [names[number] for number in block], fresh)
             parts.append(fresh)
-            order += new
+            order += block
+        if not parts:
+            return embed(texts), 0
         stacked = sparse.vstack(parts, format="csr") if output == "csr" else np.concatenate(parts)
         return stacked[np.argsort(order)], len(new)
 
@@ -104,9 +111,10 @@ class KeptEmbeddings:
             tensors |= {"indptr": matrix.indptr.astype(np.int64), "width": np.array([matrix.shape[1]])}
         else:
             tensors["values"] = to_dense(vectors)
+        self._describe()  # which somebody may have deleted
         with atomic_file(path) as temporary:
             try:
-                save_file(tensors, temporary)
+                save_file(tensors, temporary, {"checksum": _checksum(tensors)})
             except SafetensorError as error:  # so it calls a full disk
                 raise OSError(f"cannot write {path}: {error}") from error
         known |= {name: (path, number) for number, name in enumerate(names)}
@@ -116,21 +124,47 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST).digest()
 
 
-def _read(path: Path, *names: str) -> dict[str, NDArray[Any]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in names or file.keys()}
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and its texts are embedded again") from error
+def _checksum(tensors: dict[str, NDArray[Any]]) -> str:
+    found = hashlib.blake2b(digest_size=DIGEST)
+    for name in sorted(tensors):
+        found.update(f"{name} {tensors[name].shape} {tensors[name].dtype}".encode())
+        found.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return found.hexdigest()
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    return ValueError(f"{path} is damaged ({why}): remove it, and its texts are embedded again")
+
+
+def _index(place: Path) -> dict[bytes, tuple[Path, int]]:
+    """Where each text's embedding lies. Raises ValueError naming a file that is damaged."""
+    found: dict[bytes, tuple[Path, int]] = {}
+    for path in sorted(place.glob("[!.]*.safetensors")):  # those with a dot are being written
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found |= {bytes(row): (path, number) for number, row in enumerate(file.get_tensor("texts"))}
+        except FileNotFoundError:
+            continue
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+    return found
 
 
 def _matrix(path: Path) -> Matrix:
-    held = _read(path, "texts", "values")
+    """The embeddings of a file. Raises ValueError naming one that is damaged, FileNotFoundError where it is gone."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            held = {name: file.get_tensor(name) for name in names}
+            checksum = (file.metadata() or {}).get("checksum")
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    if _checksum(held) != checksum:
+        raise _damaged(path, "its content is not what was written")
     if held["values"].ndim == 2:
         return held["values"]
-    held |= _read(path, "indices", "indptr", "width")
     shape = (len(held["texts"]), int(held["width"][0]))
     return sparse.csr_matrix((held["values"], held["indices"], held["indptr"]), shape=shape)
 

@@ -30,7 +30,7 @@ class SharedLayers:
     their device.
 
     `layers` is how many they share: 0 where weights or configurations differ from the first layer on, or where models
-    hand on more than states. Of `batches` so far `hits` took their states from another.
+    hand on more than states. Of `batches` so far `hits` took states that were held.
     """
 
     def __init__(self, backbones: Sequence[nn.Module], limit: int) -> None:

@@ -73,8 +73,8 @@ def test_what_is_being_written_is_not_read(tmp_path: Path, monkeypatch: pytest.M
     write = embeddings.save_file
     seen: list[int] = []
 
-    def looking(tensors: Any, path: Any) -> None:
-        write(tensors, path)
+    def looking(tensors: Any, path: Any, metadata: Any) -> None:
+        write(tensors, path, metadata)
         if not seen:
             seen.append(0)
             seen[0] = Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")[1]
@@ -132,15 +132,59 @@ def test_a_value_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "text"])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "value", "rows"])
 def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
-    Made().keep(tmp_path).known(["a", "b"], task(), DOCUMENT, "csr")
-    (path,) = tmp_path.rglob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:-5] if damage == "cut" else b"nothing")
-    with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it"):
-        Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")
+    Made(0.9).keep(tmp_path).known(["a", "b"], task(), DOCUMENT, "csr")
+    Made(0.9).keep(tmp_path).known(["c"], task(), DOCUMENT, "csr")
+    (path,) = (path for path in tmp_path.rglob("*.safetensors") if len(load_file(path)["texts"]) == 2)
+    held, content = load_file(path), path.read_bytes()
+    if damage == "value":
+        place = content.index(held["values"].tobytes())
+        path.write_bytes(content[:place] + b"\0" * 4 + content[place + 4 :])
+    elif damage == "rows":
+        embeddings.save_file({**held, "values": held["values"][:1]}, path)
+    else:
+        path.write_bytes({"cut": content[:-5], "text": b"nothing", "empty": b""}[damage])
+    made = Made(0.9).keep(tmp_path)
+    for _ in range(2):  # also when asked again
+        with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it"):
+            made.known(["a"], task(), DOCUMENT, "csr")
     path.unlink()
-    assert Made().keep(tmp_path).known(["a"], task(), DOCUMENT, "csr")[1] == 1
+    assert Made(0.9).keep(tmp_path).known(["a", "c"], task(), DOCUMENT, "csr")[1] == 1
+
+
+def test_a_whole_folder_need_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Made().keep(tmp_path).known(["a", "b"], task(), DOCUMENT, "csr")
+
+    def refused(*_: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(embeddings, "write_json", refused)
+    monkeypatch.setattr(embeddings, "atomic_file", refused)
+    assert Made().keep(tmp_path).known(["b"], task(), DOCUMENT, "csr")[1] == 0
+    with pytest.raises(OSError, match=r"--embeddings .*other: read-only; name a folder that can be written"):
+        Made().keep(tmp_path / "other")
+
+
+def test_they_are_kept_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "BLOCK", 2)
+    made, texts = Made().keep(tmp_path), list("abcde")
+    embed, calls = made.vectors, []
+
+    def killed(texts: Any, *rest: Any) -> Any:
+        calls.append(list(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(texts, *rest)
+
+    monkeypatch.setattr(made, "vectors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made.known(texts, task(), DOCUMENT, "csr")
+    assert calls == [["a", "b"], ["c", "d"], ["e"]]
+    again = Made().keep(tmp_path)
+    found, fresh = again.known(texts, task(), DOCUMENT, "numpy")
+    assert fresh == 1
+    assert np.array_equal(found, np.stack([made.one(text, DOCUMENT) for text in texts]))
 
 
 def test_what_decides_an_embedding_keeps_it_apart(model: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -206,4 +250,5 @@ def test_a_folder_that_cannot_be_written(model: Path, data: dict[str, str], tmp_
     (tmp_path / "file").write_text("")
     given = ["--model", model, "--local", data["sts"], "--embeddings", tmp_path / "file"]
     assert analyse("pruning", tmp_path / "out", *given) == 2
-    assert "file" in capsys.readouterr().err
+    assert "--embeddings" in (told := capsys.readouterr().err)
+    assert "name a folder that can be written" in told

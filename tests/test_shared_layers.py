@@ -183,7 +183,7 @@ def test_variants_share_layers(
     assert analyse("variants", tmp_path / "together", *given) == 0
     assert made[0].layers == 1
     assert 3 * made[0].hits >= 2 * made[0].batches > 12  # a text that is met twice is a batch that is held
-    told = f"1 layers in common: of {made[0].batches:,} batches, {made[0].hits:,} took"
+    told = f"up to 2,000 MB a task: of {made[0].batches:,} batches, {made[0].hits:,} took them"
     assert told in (tmp_path / "together" / "report.md").read_text()
     monkeypatch.setattr("eval.shared_layers.shared_count", lambda backbones: 0)
     assert analyse("variants", tmp_path / "alone", *given) == 0
