@@ -17,16 +17,18 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy import sparse
 
+import lens
 from lens.files import atomic_file, write_json
 from lens.vectors import to_dense
 
@@ -47,7 +49,7 @@ class KeptEmbeddings:
     """
 
     def __init__(self, folder: Path, facts: Any) -> None:
-        made_by = {name: version(name) for name in ("lens-embeddings", "torch", "transformers")}
+        made_by = {module.__name__: str(module.__version__) for module in (lens, torch, transformers)}
         self.content = json.loads(json.dumps([facts, FORMAT, made_by], default=str))
         self.folder = folder / _digest(json.dumps(self.content, sort_keys=True)).hex()
         self._known: dict[Path, dict[bytes, tuple[Path, int]]] = {}
