@@ -280,7 +280,7 @@ def analysis(name: str, held: Mapping[str, Any]) -> list[str]:
         cells = [score(point["means"][kind]) for kind in kinds] + (["–", "–"] if found is None else difference(found))
         lines.append(f"| {point['name']} | {' | '.join(cells)} |")
     notes = [*held["notes"], *([CAVEATS[name]] if name in CAVEATS else [])]
-    return [*lines, "", *(f"- {note}" for note in notes)]
+    return [*lines, *([""] if notes else []), *(f"- {note}" for note in notes)]
 
 
 def systems(held: Mapping[str, Any]) -> list[str]:
