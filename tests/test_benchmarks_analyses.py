@@ -91,7 +91,7 @@ def test_all_analyses_and_the_page(
         assert f" {100 * point['means']['all']:.2f} |" in text
     assert f"| LENS | {100 * summary['systems']['LENS']['means']['Retrieval']:.2f} |" in text
     assert results["sentences"][0] in text
-    assert "| Half the dimensions may go, by variance | yes | " in text
+    assert "| Dimensions can be pruned after training: here half, by variance | yes | " in text
     assert "Bidirectional" not in text  # no decoder was given
     assert "![Mean score](plots/analysis-pruning.svg)" in text
     assert "LENS+bm25 rsf" in text
@@ -129,9 +129,9 @@ def test_what_held() -> None:
     rows = {row.split(" | ")[0].strip("| "): row for row in analyses.verdicts(analyses_made)[2:]}
     wanted = {
         "LENS is better than the dense embedding of its backbone": ("undecided", "8", "+0.00"),
-        "Half the dimensions may go, by mean square": ("held", "8", "-0.50"),
-        "Half the dimensions may go, by variance": ("not shown", "8", "-5.00"),
-        "The same at random, for comparison": ("not shown", "8", "+0.00"),
+        "Dimensions can be pruned after training: here half, by mean square": ("held", "8", "-0.50"),
+        "Dimensions can be pruned after training: here half, by variance": ("not shown", "8", "-5.00"),
+        "Dimensions can be pruned after training: here half, at random, for comparison": ("not shown", "8", "+0.00"),
         "Maximum pooling is better than sum pooling": ("held", "8", "+5.00"),
         "Maximum pooling is better than the last position": ("reversed", "8", "-2.00"),
         "LENS + dense is better than LENS in retrieval": ("undecided", "6", "+2.00"),
